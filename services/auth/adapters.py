@@ -13,11 +13,11 @@ from typing import Any, Final, cast
 
 import asyncpg  # type: ignore[import-untyped]  # it ships no types
 import sqlalchemy.exc
-from sqlalchemy import ARRAY, URL, BigInteger, Date, DateTime, String, bindparam, delete, func, make_url, select, text, update
+from sqlalchemy import ARRAY, URL, BigInteger, Date, DateTime, String, bindparam, delete, func, make_url, text, tuple_, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 from sqlalchemy.pool import AsyncAdaptedQueuePool, NullPool
-from sqlmodel import col
+from sqlmodel import col, select
 from sqlmodel.ext.asyncio.session import AsyncSession
 
 from libs.common.bus import Bus
@@ -139,8 +139,8 @@ class PostgresKeys:
         async with self._transaction() as session:
             # One array, not a list of parameters: one prepared statement, whatever the number of keys.
             wanted = bindparam("wanted", list(key_ids), type_=ARRAY(String))
-            rows = await session.execute(select(ApiKey).where(col(ApiKey.key_id) == func.any(wanted)))
-            return {row.key_id: _stored(row) for row in rows.scalars()}
+            rows = await session.exec(select(ApiKey).where(col(ApiKey.key_id) == func.any(wanted)))
+            return {row.key_id: _stored(row) for row in rows}
 
     async def add(self, key: StoredKey) -> None:
         async with self._transaction() as session:
@@ -162,7 +162,7 @@ class PostgresKeys:
     ) -> StoredKey | None:
         async with self._transaction() as session:
             # Compared and set in one statement: of two rotations at once, one finds that its secret is not the current one.
-            found = await session.execute(
+            found = await session.exec(
                 update(ApiKey)
                 .where(col(ApiKey.key_id) == key_id, col(ApiKey.verifier) == current, col(ApiKey.revoked_at).is_(None))
                 .values(verifier=new, previous_verifier=current, previous_valid_until=previous_valid_until)
@@ -172,7 +172,7 @@ class PostgresKeys:
 
     async def revoke(self, key_id: str, at: datetime) -> StoredKey | None:
         async with self._transaction() as session:
-            found = await session.execute(
+            found = await session.exec(
                 update(ApiKey)
                 .where(col(ApiKey.key_id) == key_id)
                 .values(revoked_at=func.coalesce(ApiKey.revoked_at, at))
@@ -191,29 +191,26 @@ class PostgresKeys:
         values = {name: value for name, value in values.items() if value is not None}
         async with self._transaction() as session:
             is_it = (col(ApiKey.key_id) == key_id, col(ApiKey.revoked_at).is_(None))
-            if values:
-                found = await session.execute(update(ApiKey).where(*is_it).values(**values).returning(ApiKey))
-            else:
-                found = await session.execute(select(ApiKey).where(*is_it))
+            if not values:
+                return _stored_or_none((await session.exec(select(ApiKey).where(*is_it))).one_or_none())
+            found = await session.exec(update(ApiKey).where(*is_it).values(**values).returning(ApiKey))
             return _stored_or_none(found.scalar_one_or_none())
 
     async def usage(self, key_ids: Sequence[str]) -> dict[str, Usage]:
         async with self._transaction() as session:
             wanted = bindparam("wanted", list(key_ids), type_=ARRAY(String))
-            rows = await session.execute(select(KeyTotals).where(col(KeyTotals.key_id) == func.any(wanted)))
-            return {row.key_id: Usage(row.requests, row.malicious, row.last_used_at) for row in rows.scalars()}
+            rows = await session.exec(select(KeyTotals).where(col(KeyTotals.key_id) == func.any(wanted)))
+            return {row.key_id: Usage(row.requests, row.malicious, row.last_used_at) for row in rows}
 
     async def days(self, key_id: str, since: date) -> Usage:
         async with self._transaction() as session:
             totals = await session.get(KeyTotals, key_id)
             if totals is None:
                 return Usage()
-            rows = await session.execute(
+            rows = await session.exec(
                 select(KeyDay).where(col(KeyDay.key_id) == key_id, col(KeyDay.day) >= since).order_by(col(KeyDay.day))
             )
-            days = tuple(
-                DayUsage(date=row.day.isoformat(), requests=row.requests, malicious=row.malicious) for row in rows.scalars()
-            )
+            days = tuple(DayUsage(date=row.day.isoformat(), requests=row.requests, malicious=row.malicious) for row in rows)
             return Usage(totals.requests, totals.malicious, totals.last_used_at, days)
 
     async def page(self, after: str | None, limit: int) -> list[StoredKey] | None:
@@ -223,8 +220,8 @@ class PostgresKeys:
                 last = await session.get(ApiKey, after)
                 if last is None:
                     return None
-                query = query.where(func.row(ApiKey.created_at, ApiKey.key_id) > func.row(last.created_at, last.key_id))
-            return [_stored(row) for row in (await session.execute(query)).scalars()]
+                query = query.where(tuple_(col(ApiKey.created_at), col(ApiKey.key_id)) > tuple_(last.created_at, last.key_id))
+            return [_stored(row) for row in await session.exec(query)]
 
 
 class PostgresCheck:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable
@@ -33,15 +34,26 @@ from libs.common.errors import ErrorCode
 from libs.common.settings import CommonSettings
 from services.auth.app import parts
 from services.auth.settings import AuthSettings
+from tests.conftest import OPERATOR
 
 ADMIN_TOKEN = "an-admin-token-for-tests"
+
+
+async def connect(url: str) -> asyncpg.Connection:
+    """A connection, as soon as the server has started up."""
+    async with asyncio.timeout(20):
+        while True:
+            try:
+                return await asyncpg.connect(url, timeout=5)
+            except (OSError, asyncpg.CannotConnectNowError):
+                await asyncio.sleep(0.05)
 
 
 @pytest.fixture
 async def database_url(postgres_server: Server) -> AsyncIterator[str]:
     """A database of the test's own, empty."""
     name = f"auth_{secrets.token_hex(6)}"
-    connection = await asyncpg.connect(postgres_server.url)
+    connection = await connect(postgres_server.url)
     await connection.execute(f"CREATE DATABASE {name}")
     yield postgres_server.url.rpartition("/")[0] + "/" + name
     await connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
@@ -103,9 +115,9 @@ def settings(nats_server: Server, nats_passwords: dict[str, str], database_url: 
 
 @pytest.fixture
 def start_fleet(nats_server: Server, nats_passwords: dict[str, str], settings: AuthSettings) -> StartFleet:
-    def make(service: str) -> Bus:
-        password = SecretStr(nats_passwords[service])
-        return Bus(service, CommonSettings(nats_url=nats_server.url, nats_user=service, nats_password=password))
+    def make(service: str, user: str) -> Bus:
+        password = SecretStr(nats_passwords[user])
+        return Bus(service, CommonSettings(nats_url=nats_server.url, nats_user=user, nats_password=password))
 
     @asynccontextmanager
     async def start(replicas: int = 1) -> AsyncIterator[Fleet]:
@@ -116,7 +128,8 @@ def start_fleet(nats_server: Server, nats_passwords: dict[str, str], settings: A
                 stack.push_async_callback(bus.drain)
                 return bus
 
-            edge, limiter = make("edge"), make("limiter")
+            # The edge plays the limiter's part of a registration, too, so it may publish what it likes.
+            edge, limiter = make("edge", OPERATOR), make("limiter", "limiter")
 
             async def echo(message: AuthenticatedDetect, _: RequestContext) -> Answer:
                 return Answer(message)
@@ -131,7 +144,7 @@ def start_fleet(nats_server: Server, nats_passwords: dict[str, str], settings: A
                 await run(bus)
             auths = []
             for _ in range(replicas):
-                auth = make("auth")
+                auth = make("auth", "auth")
                 await auth.connect()
                 await stack.enter_async_context(parts(auth, settings))
                 auths.append(await run(auth))
