@@ -288,7 +288,14 @@ class PostgresLedgers:
             async with self._engine.connect() as connection:
                 async with asyncio.timeout(OPERATION_TIMEOUT_SECONDS), connection.begin():
                     held = await connection.scalar(select(func.pg_try_advisory_lock(USAGE_LOCK)))
-                yield PostgresLedger(connection) if held else None
+                if not held:
+                    yield None
+                    return
+                try:
+                    yield PostgresLedger(connection)
+                finally:
+                    # The lock goes with the connection, which must not get back into the pool with it.
+                    await connection.invalidate()
 
 
 class PostgresLedger:
