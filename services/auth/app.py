@@ -25,10 +25,11 @@ from libs.common.contracts import (
     KeyChanged,
     RegisterRequest,
 )
+from libs.common.service import ConfigurationError
 from services.auth import handlers
 from services.auth.adapters import BusAnnouncer, PostgresCheck, PostgresKeys, PostgresLedgers, engine_url, make_engine
 from services.auth.cache import Authenticator, KeyCache
-from services.auth.core import Caps, StoreUnavailableError
+from services.auth.core import Caps, StoreRefusesError, StoreUnavailableError
 from services.auth.handlers import Finisher, Keys, Policy, finished
 from services.auth.health import StoreHealth
 from services.auth.migrate import migrate
@@ -99,6 +100,10 @@ async def _migrate_when_there(url: URL) -> None:
     while True:
         try:
             await migrate(url)
+        except StoreRefusesError:
+            raise ConfigurationError(
+                "PostgreSQL refuses the user or has no such database; check PORTCULLIS_DATABASE_URL"
+            ) from None
         except StoreUnavailableError as error:
             if not waiting:
                 log.warning("waiting for PostgreSQL (%s)", error.internal)
