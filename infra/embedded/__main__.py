@@ -215,7 +215,14 @@ def status(home: Home) -> int:
         print(f"Portcullis is not running in {_short(home)}; start it with ./run up")
         return 3
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for title, side in (("process", "left"), ("state", "left"), ("pid", "right"), ("up", "right"), ("restarts", "right"), ("memory", "right")):
+    for title, side in (
+        ("process", "left"),
+        ("state", "left"),
+        ("pid", "right"),
+        ("up", "right"),
+        ("restarts", "right"),
+        ("memory", "right"),
+    ):
         table.add_column(title, justify=side)
     for state in states:
         memory = f"{control.memory_bytes(state.pid) / 1e6:.0f} MB" if state.pid else ""
@@ -246,7 +253,10 @@ def show_logs(home: Home, service: str | None, lines: int, *, follow: bool) -> i
     paths = sorted(home.logs.glob(pattern))
     if not paths:
         known = sorted({path.stem for path in home.logs.glob("*.log")})
-        print(f"portcullis: no log of {service}; there are {', '.join(known)}" if known else "portcullis: no logs yet", file=sys.stderr)
+        print(
+            f"portcullis: no log of {service}; there are {', '.join(known)}" if known else "portcullis: no logs yet",
+            file=sys.stderr,
+        )
         return 1
     width = max(len(path.stem) for path in paths)
     try:

@@ -97,7 +97,9 @@ def wait_gone(pid: int, timeout_seconds: float) -> None:
     deadline = time.monotonic() + timeout_seconds
     while runs(pid):
         if time.monotonic() > deadline:
-            raise ControlError(f"process {pid} is still there after {timeout_seconds:.0f} s; look at it, or end it with kill -9 {pid}")
+            raise ControlError(
+                f"process {pid} is still there after {timeout_seconds:.0f} s; look at it, or end it with kill -9 {pid}"
+            )
         time.sleep(_POLL_SECONDS)
 
 

@@ -158,7 +158,7 @@ def open_home(environment: dict[str, str]) -> Home:
         for folder in (home.logs, home.environments, home.starts, home.path / "secrets"):
             folder.mkdir(mode=0o700, exist_ok=True)
     except OSError as error:
-        raise HomeError(f"{home.path} cannot be used ({error.strerror}); set {HOME_VARIABLE} to a folder that can be written") from None
+        raise HomeError(
+            f"{home.path} cannot be used ({error.strerror}); set {HOME_VARIABLE} to a folder that can be written"
+        ) from None
     return home
-
-

@@ -138,9 +138,7 @@ def plan(home: Home, environment: Mapping[str, str], scale: Mapping[str, int]) -
         wanted["PORTCULLIS_DATABASE_URL"] = server.url
     wanted.setdefault("PORTCULLIS_KEY_PEPPER", home.secret("key-pepper"))
     wanted.setdefault("PORTCULLIS_ADMIN_TOKEN", home.secret("admin-token"))
-    programs = [
-        Program(server.name, server.command, group="servers", stop_signal=server.stop_signal) for server in running
-    ]
+    programs = [Program(server.name, server.command, group="servers", stop_signal=server.stop_signal) for server in running]
     for name in SERVICES:
         own = {variable: value for variable, value in wanted.items() if _is_for(variable, name)} | users.get(name, {})
         if name == "edge":

@@ -32,7 +32,9 @@ class Answer:
     body: dict[str, Any]
 
 
-def call(base_url: str, path: str, *, key: str | None = None, token: str | None = None, body: dict[str, Any] | None = None) -> Answer:
+def call(
+    base_url: str, path: str, *, key: str | None = None, token: str | None = None, body: dict[str, Any] | None = None
+) -> Answer:
     """One HTTP call; whatever goes wrong is an answer."""
     request = urllib.request.Request(base_url + path, data=None if body is None else json.dumps(body).encode())  # noqa: S310
     request.add_header("Content-Type", "application/json")
