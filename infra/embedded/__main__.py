@@ -215,15 +215,10 @@ def status(home: Home) -> int:
         print(f"Portcullis is not running in {_short(home)}; start it with ./run up")
         return 3
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for title, side in (
-        ("process", "left"),
-        ("state", "left"),
-        ("pid", "right"),
-        ("up", "right"),
-        ("restarts", "right"),
-        ("memory", "right"),
-    ):
-        table.add_column(title, justify=side)
+    for title in ("process", "state"):
+        table.add_column(title)
+    for title in ("pid", "up", "restarts", "memory"):
+        table.add_column(title, justify="right")
     for state in states:
         memory = f"{control.memory_bytes(state.pid) / 1e6:.0f} MB" if state.pid else ""
         up_for = _duration(time.time() - state.starts[-1]) if state.pid and state.starts else ""

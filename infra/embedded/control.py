@@ -115,7 +115,7 @@ def memory_bytes(pid: int) -> int:
     """Resident memory of a process and its children; 0 when it has gone."""
     try:
         process = psutil.Process(pid)
-        return sum(cast("int", one.memory_info().rss) for one in (process, *process.children(recursive=True)))
+        return sum(one.memory_info().rss for one in (process, *process.children(recursive=True)))
     except psutil.NoSuchProcess:
         return 0
 

@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-
 ROOT = Path(__file__).parents[2]
 """The checkout."""
 

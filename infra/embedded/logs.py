@@ -48,7 +48,7 @@ def read_line(source: str, text: str, before: float) -> Line:
     for pattern, form in _STAMPS:
         found = pattern.search(text[:60])
         if found:
-            stamp = datetime.strptime(found.group(1).replace(",", "."), form)  # noqa: DTZ007  # UTC or local: see below
+            stamp = datetime.strptime(found.group(1).replace(",", "."), form)
             zone = UTC if "UTC" in text[:60] else None  # PostgreSQL names its zone, the others write local time
             return Line(stamp.replace(tzinfo=zone).timestamp(), source, text)
     return Line(before, source, text)

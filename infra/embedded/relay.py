@@ -25,14 +25,14 @@ def main(command: list[str]) -> int:
     child = subprocess.Popen(  # noqa: S603
         command,
         process_group=0,  # a Ctrl-C in the terminal reaches us alone
-        preexec_fn=lambda: die_with_parent(signal.SIGTERM, us),  # noqa: PLW1509
+        preexec_fn=lambda: die_with_parent(signal.SIGTERM, us),
     )
 
     def forward(_: int, __: FrameType | None) -> None:
         listed = Path(f"/proc/{child.pid}/task/{child.pid}/children")
-        grandchildren = listed.read_text().split() if listed.exists() else []
+        grandchildren = [int(pid) for pid in listed.read_text().split()] if listed.exists() else []
         for pid in grandchildren or [child.pid]:
-            os.kill(int(pid), signal.SIGTERM)
+            os.kill(pid, signal.SIGTERM)
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
