@@ -12,6 +12,8 @@ DEADLINE_HEADER = "Portcullis-Deadline"
 REQUEST_ID_HEADER = "Portcullis-Request-Id"
 TRACEPARENT_HEADER = "traceparent"
 TIMINGS_HEADER = "Portcullis-Timings"
+ATTEMPT_HEADER = "Portcullis-Attempt-Of"
+"""The same for every sending of one request (see `Bus.request`), unlike the request id, which is the caller's to choose."""
 
 # A request id ends up in headers, logs and answers: no spaces, no control characters, bounded.
 REQUEST_ID_PATTERN = re.compile(r"[A-Za-z0-9._:@/+=-]{1,128}", re.ASCII)
@@ -29,12 +31,16 @@ def new_traceparent() -> str:
 
 @dataclass(frozen=True, slots=True)
 class RequestContext:
-    """`deadline_ms`: epoch milliseconds. `timings`: milliseconds by stage, in the order of the path."""
+    """`deadline_ms`: epoch milliseconds. `timings`: milliseconds by stage, in the order of the path.
+
+    `attempt_of` is unique per request and the same when it has to be sent again: the key for doing things once.
+    """
 
     deadline_ms: int
     request_id: str
     traceparent: str
     timings: dict[str, float] = field(default_factory=dict)
+    attempt_of: str = field(default_factory=new_request_id)
 
     def remaining_seconds(self, now: float) -> float:
         """Seconds until the deadline, negative after it. `now`: epoch seconds."""
@@ -45,6 +51,7 @@ class RequestContext:
             DEADLINE_HEADER: str(self.deadline_ms),
             REQUEST_ID_HEADER: self.request_id,
             TRACEPARENT_HEADER: self.traceparent,
+            ATTEMPT_HEADER: self.attempt_of,
         }
         if self.timings:
             headers[TIMINGS_HEADER] = ",".join(f"{stage}={ms:.3f}" for stage, ms in self.timings.items())
@@ -75,9 +82,11 @@ def from_headers(headers: dict[str, str]) -> RequestContext:
         raise PortcullisError(ErrorCode.BAD_REQUEST, f"The message has no valid {DEADLINE_HEADER} header.") from None
     request_id = headers.get(REQUEST_ID_HEADER, "")
     traceparent = headers.get(TRACEPARENT_HEADER, "")
+    attempt_of = headers.get(ATTEMPT_HEADER, "")
     return RequestContext(
         deadline_ms=deadline_ms,
         request_id=request_id if REQUEST_ID_PATTERN.fullmatch(request_id) else new_request_id(),
         traceparent=traceparent if TRACEPARENT_PATTERN.fullmatch(traceparent) else new_traceparent(),
         timings=parse_timings(headers.get(TIMINGS_HEADER)),
+        attempt_of=attempt_of if REQUEST_ID_PATTERN.fullmatch(attempt_of) else new_request_id(),
     )
