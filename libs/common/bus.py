@@ -421,11 +421,16 @@ class Bus:
     ) -> Callable[[], None]:
         """Publish what a JetStream stream keeps, without waiting for it: its acknowledgement goes to `on_reply`.
 
-        So does "no responders" (status 503 in the headers) when no stream keeps the subject. Returns what stops listening; it
-        must be called, by `on_reply` itself or once nobody waits any longer. Raises `PortcullisError` as `publish` does.
+        So does "no responders" (status 503 in the headers) when no stream keeps the subject. It is called at most once; whoever
+        gives up waiting calls what is returned. Raises `PortcullisError` as `publish` does.
         """
         token = self._token()
-        self._waiting[token] = on_reply
+
+        def resolve(msg: Msg) -> None:
+            self._forget(token)
+            on_reply(msg)
+
+        self._waiting[token] = resolve
         try:
             await self._publish(subject, encode(message), reply=f"{self._inbox}.{token}", headers=headers)
         except PortcullisError:
