@@ -7,12 +7,14 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import Protocol
 
 import msgspec
 from nats.aio.msg import Msg
 
-from libs.common.bus import Bus
-from libs.common.contracts import BreakerChanged, BreakerState, UsageRecorded
+from libs.common.bus import Bus, Hook
+from libs.common.clock import Clock
+from libs.common.contracts import BreakerChanged, BreakerState, Message, UsageRecorded
 from libs.common.errors import PortcullisError
 from libs.common.subjects import EVENT_BREAKER_CHANGED, USAGE_RECORDED
 from services.detector_proxy.breaker import BreakerChange
@@ -45,7 +47,25 @@ class _PubAck(msgspec.Struct):
     error: msgspec.Raw | None = None
 
 
+_LEVELS: dict[BreakerState, int] = {"closed": 0, "half_open": 1, "open": 2}
+
 _decode_ack = msgspec.json.Decoder(_PubAck).decode
+
+
+class Publisher(Protocol):
+    """What the usage log needs of the bus."""
+
+    @property
+    def clock(self) -> Clock: ...
+
+    @property
+    def on_drained(self) -> list[Hook]: ...
+
+    async def publish(self, subject: str, message: Message, headers: dict[str, str]) -> None: ...
+
+    async def publish_acked(
+        self, subject: str, message: Message, headers: dict[str, str], on_reply: Callable[[Msg], None]
+    ) -> Callable[[], None]: ...
 
 
 @dataclass(slots=True)
@@ -66,7 +86,7 @@ class JetStreamUsageLog:
     NATS keeps the order of what one connection publishes: when the caller sees its verdict, the server has its usage event.
     """
 
-    def __init__(self, bus: Bus) -> None:
+    def __init__(self, bus: Publisher) -> None:
         self._bus = bus
         self._waiting: dict[str, _Waiting] = {}
         self._settled = asyncio.Event()
@@ -166,8 +186,6 @@ def _stored(msg: Msg) -> bool:
 class BreakerNews:
     """Tells everybody about each change of a breaker: an event, a line in the log, two metrics."""
 
-    _LEVELS: dict[BreakerState, int] = {"closed": 0, "half_open": 1, "open": 2}
-
     def __init__(self, bus: Bus) -> None:
         self._bus = bus
         self._sending: set[asyncio.Task[None]] = set()
@@ -175,7 +193,7 @@ class BreakerNews:
     def tell(self, change: BreakerChange) -> None:
         log.warning("breaker %s: %s -> %s (%s)", change.name, change.before, change.after, change.reason)
         BREAKER_CHANGES.labels(change.name, change.after).inc()
-        BREAKER_STATE.labels(change.name).set(self._LEVELS[change.after])
+        BREAKER_STATE.labels(change.name).set(_LEVELS[change.after])
         task = asyncio.get_running_loop().create_task(self._publish(change))
         self._sending.add(task)
         task.add_done_callback(self._sending.discard)

@@ -84,6 +84,9 @@ class DetectorProxySettings(CommonSettings):
             _check_http_url(self.engine_url)
             if self.engine_kind == "kserve" and "/v2/models/" not in self.engine_url:
                 raise ValueError("PORTCULLIS_ENGINE_URL must be the model's, http://host:port/v2/models/NAME, for kserve")
+        token = self.engine_token.get_secret_value() if self.engine_token is not None else "unset"
+        if not re.fullmatch(r"[!-~]+", token):
+            raise ValueError("PORTCULLIS_ENGINE_TOKEN must be one word of printable ASCII")
         if not self.benign_labels:
             raise ValueError("PORTCULLIS_ENGINE_BENIGN_LABELS must name at least one label")
         if self.breaker_open_max_seconds < self.breaker_open_seconds:

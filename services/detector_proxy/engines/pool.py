@@ -7,12 +7,15 @@ without any worker is known within a millisecond and costs nothing to ask, so th
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import msgspec
 
 from libs.common import micro
-from libs.common.bus import Bus, NoRespondersError
+from libs.common.bus import NoRespondersError, Response
+from libs.common.clock import Clock
 from libs.common.context import RequestContext, new_request_id, new_traceparent
-from libs.common.contracts import DetectPayload, ModelRequest, ModelResult
+from libs.common.contracts import DetectPayload, Message, ModelRequest, ModelResult
 from libs.common.errors import ErrorCode, PortcullisError
 from libs.common.subjects import DEFAULT_POOL, POOL_PING, model_pool
 from services.detector_proxy.metrics import POOL_RETRIES
@@ -39,10 +42,23 @@ class _Ping(msgspec.Struct):
 _decode_ping = msgspec.json.Decoder(_Ping).decode
 
 
+class Requester(Protocol):
+    """What a pool needs of the bus."""
+
+    @property
+    def clock(self) -> Clock: ...
+
+    async def request(self, subject: str, message: Message, context: RequestContext, *, idempotent: bool = False) -> Response: ...
+
+    async def gather(
+        self, subject: str, message: Message | None, context: RequestContext, *, window_seconds: float
+    ) -> list[bytes]: ...
+
+
 class PoolEngine:
     """See the module. `pool`: its name; the subject follows from it."""
 
-    def __init__(self, bus: Bus, pool: str) -> None:
+    def __init__(self, bus: Requester, pool: str) -> None:
         self.name = pool
         self._bus = bus
         self._pool = pool
