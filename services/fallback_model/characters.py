@@ -1,0 +1,149 @@
+"""How one character is read: compatibility forms undone, invisible characters dropped, look-alikes and scripts made ASCII.
+
+Two readings are kept per character:
+
+- *clean*: NFKC of the character, nothing for what has no shape of its own (zero-width, bidi controls, variation
+  selectors); a tag character (U+E0020-E007E) becomes the ASCII character it shadows, since some models read it as such.
+- *latin*: the clean character spelt in ASCII by `anyascii`. The base model's vocabulary is English, so a script it
+  cannot spell would otherwise arrive as [UNK] or as single letters; transliterated, every script reaches it as pieces it
+  has embeddings for. Ideographs are set apart by spaces, one syllable each.
+
+Both are tables filled on first use, so that reading a text costs one table look-up per character.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import string
+import unicodedata
+from typing import Final
+
+from anyascii import anyascii
+
+_TAGS: Final = range(0xE0020, 0xE007F)
+_REPLACEMENT: Final = "�"
+_ASCII_LETTERS: Final = string.ascii_letters
+
+
+def _is_invisible(char: str, code: int) -> bool:
+    if 0xFE00 <= code <= 0xFE0F or 0xE0100 <= code <= 0xE01EF:  # variation selectors
+        return True
+    if code in (0x034F, 0x115F, 0x1160, 0x17B4, 0x17B5, 0x180B, 0x180C, 0x180D, 0x180F, 0x3164, 0xFFA0, 0x2800):
+        return True  # grapheme joiner, Hangul and Khmer fillers, Mongolian selectors, blank braille: no shape at all
+    category = unicodedata.category(char)
+    return category == "Cf" or (category == "Cc" and char not in "\t\n\r\v\f")
+
+
+def clean_character(char: str) -> str:
+    """The reading of one character for any model. A lone surrogate, which no tokenizer takes, becomes U+FFFD."""
+    code = ord(char)
+    if code in _TAGS:
+        return chr(code - 0xE0000)
+    if 0xD800 <= code <= 0xDFFF:
+        return _REPLACEMENT
+    if _is_invisible(char, code):
+        return ""
+    # U+FDFA and its like expand to 18 characters; nothing in Unicode expands further.
+    return unicodedata.normalize("NFKC", char)
+
+
+def latin_character(char: str) -> str:
+    """The reading of one character for a model with an English vocabulary: ASCII, or nothing."""
+    cleaned = clean_character(char)
+    if not cleaned or cleaned.isascii():
+        return cleaned
+    out = []
+    for part in unicodedata.normalize("NFKD", cleaned):
+        if part.isascii():
+            out.append(part)
+        elif unicodedata.category(part) != "Mn" or part in _SPELT_MARKS:
+            spelt = anyascii(part)
+            out.append(f" {spelt} " if _is_ideograph(part) else spelt)
+    if 0xAC00 <= ord(cleaned[0]) <= 0xD7A3:  # a Hangul syllable is spelt whole, not by its jamo
+        return anyascii(cleaned)
+    return "".join(out)
+
+
+def _is_ideograph(char: str) -> bool:
+    code = ord(char)
+    return 0x3400 <= code <= 0x9FFF or 0xF900 <= code <= 0xFAFF or 0x20000 <= code <= 0x3FFFF
+
+
+class _Marks:
+    """Vowel signs of the scripts of India and South-East Asia: marks by category, yet they are spelt."""
+
+    def __contains__(self, char: str) -> bool:
+        return 0x0900 <= ord(char) <= 0x109F or 0x1780 <= ord(char) <= 0x17FF
+
+
+_SPELT_MARKS: Final = _Marks()
+
+
+class _Table(dict[int, str]):
+    """Code point to reading, filled on first use; at most one entry per code point of Unicode."""
+
+    def __init__(self, latin: bool) -> None:
+        super().__init__()
+        self._latin = latin
+
+    def __missing__(self, code: int) -> str:
+        reading = latin_character(chr(code)) if self._latin else clean_character(chr(code))
+        self[code] = reading
+        return reading
+
+
+CLEAN: Final = _Table(latin=False)
+LATIN: Final = _Table(latin=True)
+
+
+@functools.cache
+def lookalikes() -> dict[str, str]:
+    """Non-ASCII letter → the ASCII letter or digit it can be mistaken for (Unicode's confusables table)."""
+    # Loaded on first need: the table is a megabyte, and plain English never asks for it.
+    from confusable_homoglyphs.confusables import confusables_data
+
+    table: dict[str, str] = {}
+    for char, twins in confusables_data.items():
+        if len(char) != 1 or char.isascii() or not char.isalpha():
+            continue
+        for twin in twins:
+            if len(twin["c"]) == 1 and twin["c"].isascii() and twin["c"].isalnum():
+                table[char] = twin["c"]
+                break
+    return table
+
+
+_LETTERS: Final = re.compile(r"[^\W\d_]+")
+
+
+def fold_lookalikes(text: str) -> str:
+    """Replaces letters that only look Latin by the Latin ones; the length stays the same.
+
+    A word that mixes such letters with ASCII ones is always folded. A word made of nothing but look-alikes may be an honest
+    word of another script, so it is folded only where the text around it is mostly ASCII letters.
+    """
+    if text.isascii():
+        return text
+    twins = lookalikes()
+    if twins.keys().isdisjoint(text):
+        return text
+    ascii_letters = sum(map(text.count, _ASCII_LETTERS))
+    mostly_ascii = ascii_letters * 2 > len(text)
+
+    def fold(match: re.Match[str]) -> str:
+        word = match[0]
+        if word.isascii():
+            return word
+        folded = "".join([twins.get(char, char) for char in word])
+        if folded == word:
+            return word
+        mixed = any(char.isascii() for char in word)
+        return folded if mixed or (mostly_ascii and folded.isascii()) else word
+
+    return _LETTERS.sub(fold, text)
+
+
+def spell(text: str) -> str:
+    """The text as a model with an English vocabulary reads it: look-alikes folded, then every character spelt in ASCII."""
+    return text if text.isascii() else fold_lookalikes(text).translate(LATIN)
