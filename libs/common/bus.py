@@ -1,0 +1,493 @@
+"""The bus: one NATS connection of one process, on which stages are registered and requests are made.
+
+A request is one message that moves forward. The edge publishes it with an address of its own inbox as the reply subject; every
+stage forwards it, and the last one (or one that refuses) answers that address, its *origin*.
+
+A forward carries a reply subject below the forwarding stage's own inbox, with the origin appended:
+`_INBOX.auth.<instance>._INBOX.edge.<instance>.<token>`. Nobody answers there but the NATS server: when the next stage has no
+subscriber, its "no responders" message comes back to the stage that forwarded, which reads the origin off the subject and
+replies with a typed error at once. Nothing is kept in memory for it, and nothing is sent when all is well.
+
+FastStream carries the subscriptions. Its handler only admits a message (deadline, bound) and starts a task, because its own
+way of answering is silent about exceptions, undecodable bodies and the messages that it drops while stopping.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import re
+import secrets
+import ssl
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, replace
+from typing import Any, Generic, TypeVar
+
+import msgspec
+import nats.errors
+from faststream.nats import NatsBroker, NatsMessage
+from faststream.security import BaseSecurity, SASLPlaintext
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+from nats.aio.subscription import Subscription
+from nats.micro.service import ServiceConfig
+
+from libs.common import VERSION, micro, telemetry
+from libs.common.clock import Clock, SystemClock
+from libs.common.context import TIMINGS_HEADER, RequestContext, from_headers, parse_timings
+from libs.common.contracts import ErrorBody, FieldError, Message, RateState, Reply, encode, raw
+from libs.common.errors import ErrorCode, PortcullisError
+from libs.common.settings import CommonSettings
+from libs.common.subjects import INBOX_PREFIX, inbox
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T", bound=Message)
+
+# A hung server must be noticed long before nats-py's default of two missed pings 120 s apart.
+PING_INTERVAL_SECONDS = 2
+RECONNECT_WAIT_SECONDS = 0.1
+DRAIN_TIMEOUT_SECONDS = 15.0
+HEADER_RESERVE_BYTES = 1024
+"""What the headers of a message may take of the server's `max_payload`."""
+
+_ORIGIN = re.compile(r"_INBOX(\.[A-Za-z0-9_-]+){1,4}", re.ASCII)
+
+
+class NoRespondersError(PortcullisError):
+    """Nobody subscribes to the subject: known at once, as distinct from a timeout."""
+
+    def __init__(self, subject: str) -> None:
+        super().__init__(ErrorCode.STAGE_UNAVAILABLE, internal=f"no responders on {subject}")
+
+
+@dataclass(frozen=True, slots=True)
+class Forward:
+    """A handler's decision: on to the next stage, with the same origin and deadline."""
+
+    subject: str
+    message: Message
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A handler's decision: reply to the origin. `result` may already be encoded."""
+
+    result: Message | msgspec.Raw | None
+    rate: RateState | None = None
+
+
+Outcome = Forward | Answer | None
+"""None: no answer (a broadcast that does not concern this process)."""
+
+Handler = Callable[[T, RequestContext], Awaitable[Outcome]]
+Hook = Callable[[], Awaitable[None]]
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """A decoded answer and the time that the stages spent on it (milliseconds by stage)."""
+
+    reply: Reply
+    timings: dict[str, float]
+
+
+class _Stage(Generic[T]):
+    """One subject that this process handles."""
+
+    def __init__(self, bus: Bus, subject: str, kind: type[T], handler: Handler[T], queue_group: str, max_in_flight: int) -> None:
+        self.subject = subject
+        self.counters = micro.EndpointCounters(subject.replace(".", "-"), subject, queue_group)
+        self.tasks: set[asyncio.Task[None]] = set()
+        self._bus = bus
+        self._decode = msgspec.json.Decoder(kind).decode
+        self._handler = handler
+        self._max_in_flight = max_in_flight
+        self._in_flight = telemetry.STAGE_IN_FLIGHT.labels(subject)
+        self._duration = telemetry.STAGE_DURATION.labels(subject)
+
+    async def accept(self, message: NatsMessage) -> None:
+        """Start a task for a message, or refuse it at once when the stage is full."""
+        msg = message.raw_message
+        origin = origin_of(msg.reply)
+        if len(self.tasks) >= self._max_in_flight:
+            self._count(ErrorCode.OVERLOADED, 0)
+            await self._bus.reply_error(origin, PortcullisError(ErrorCode.OVERLOADED, internal=f"{self.subject} is full"))
+            return
+        task = asyncio.get_running_loop().create_task(self._run(msg, origin))
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+
+    async def _run(self, msg: Msg, origin: str | None) -> None:
+        started = time.perf_counter_ns()
+        self._in_flight.inc()
+        context: RequestContext | None = None
+        rate: RateState | None = None
+        outcome_name = "ok"
+        try:
+            context = from_headers(msg.headers or {})
+            telemetry.request_id_var.set(context.request_id)
+            remaining = context.remaining_seconds(self._bus.clock.now())
+            if remaining <= 0:
+                outcome_name = "expired"
+                return
+            body = self._decode(msg.data)
+            rate = getattr(body, "rate", None)
+            # Work that outlives its deadline is cancelled: the caller has been told, and will not read it.
+            async with asyncio.timeout(remaining):
+                outcome = await self._handler(body, context)
+            spent = replace(
+                context,
+                timings={**context.timings, self._bus.service: (time.perf_counter_ns() - started) / 1e6},
+            )
+            if isinstance(outcome, Forward):
+                await self._bus.forward(outcome, origin, spent)
+            elif isinstance(outcome, Answer):
+                await self._bus.answer(origin, outcome, spent)
+        except TimeoutError:
+            outcome_name = "expired"
+        except msgspec.DecodeError as error:
+            # msgspec's sentence names the field and the expected type, not the value.
+            outcome_name = ErrorCode.BAD_REQUEST
+            await self._bus.reply_error(
+                origin, PortcullisError(ErrorCode.BAD_REQUEST, f"The message could not be read: {error}."), context, rate
+            )
+        except PortcullisError as error:
+            outcome_name = error.code
+            if error.internal:
+                log.info("%s refused: %s", self.subject, error)
+            await self._bus.reply_error(origin, error, context, getattr(error, "rate", None) or rate)
+        except Exception as error:
+            # The one catch-all of a stage: a bug is answered like any other failure, and told to the log.
+            outcome_name = ErrorCode.INTERNAL
+            self.counters.last_error = type(error).__name__
+            log.exception("%s failed", self.subject)
+            await self._bus.reply_error(origin, PortcullisError(ErrorCode.INTERNAL), context, rate)
+        finally:
+            self._in_flight.dec()
+            self._count(outcome_name, time.perf_counter_ns() - started)
+
+    def _count(self, outcome: str, spent_ns: int) -> None:
+        self.counters.requests += 1
+        self.counters.processing_ns += spent_ns
+        if outcome != "ok":
+            self.counters.errors += 1
+            self.counters.last_error = outcome
+        telemetry.STAGE_REQUESTS.labels(self.subject, outcome).inc()
+        self._duration.observe(spent_ns / 1e9)
+
+
+class Bus:
+    """One connection. Register stages and event handlers, then `start()`; `drain()` before the end."""
+
+    def __init__(self, service: str, settings: CommonSettings, clock: Clock | None = None) -> None:
+        self.service = service
+        self.instance = secrets.token_hex(8)
+        self.clock: Clock = clock or SystemClock()
+        self.status = micro.FleetStatus()
+        self.status.set(micro.INSTANCE, self.instance)
+        self.closed = asyncio.Event()
+        """Set when the connection is gone for good: nothing but a new process helps."""
+        self.on_reconnect: list[Hook] = []
+        self._inbox = inbox(service, self.instance)
+        self._stages: list[_Stage[Any]] = []
+        self._waiting: dict[str, Callable[[Msg], None]] = {}
+        self._failing: dict[str, asyncio.Future[Msg]] = {}
+        self._sequence = 0
+        self._draining = False
+        self._micro: micro.MicroService | None = None
+        self._decode_reply = msgspec.json.Decoder(Reply).decode
+        security: BaseSecurity | None = None
+        tls = ssl.create_default_context(cafile=settings.nats_tls_ca) if settings.nats_tls_ca else None
+        if settings.nats_user is not None and settings.nats_password is not None:
+            password = settings.nats_password.get_secret_value()
+            security = SASLPlaintext(username=settings.nats_user, password=password, ssl_context=tls)
+        elif tls is not None:
+            security = BaseSecurity(ssl_context=tls)
+        self.broker = NatsBroker(
+            settings.nats_url.split(","),
+            name=f"portcullis-{service}-{self.instance}",
+            security=security,
+            inbox_prefix=f"{self._inbox}-js",
+            # For ever, and at once: requests made in the meantime fail instead of being kept and executed later.
+            max_reconnect_attempts=-1,
+            reconnect_time_wait=RECONNECT_WAIT_SECONDS,  # type: ignore[arg-type]  # nats-py takes fractions of a second
+            pending_size=-1,
+            ping_interval=PING_INTERVAL_SECONDS,
+            connect_timeout=2,
+            apply_types=False,
+            decoder=_undecoded,
+            logger=None,
+            error_cb=self._on_error,
+            disconnected_cb=self._on_disconnected,
+            reconnected_cb=self._on_reconnected,
+            closed_cb=self._on_closed,
+        )
+
+    @property
+    def connection(self) -> Client:
+        """nats-py's client, for JetStream."""
+        connection = self.broker._connection
+        if connection is None:
+            raise PortcullisError(ErrorCode.STAGE_UNAVAILABLE, internal="not connected to NATS yet")
+        return connection
+
+    @property
+    def connected(self) -> bool:
+        connection = self.broker._connection
+        return connection is not None and connection.is_connected
+
+    # --- registering -----------------------------------------------------------------------------------------------------
+
+    def stage(
+        self,
+        subject: str,
+        kind: type[T],
+        handler: Handler[T],
+        *,
+        broadcast: bool = False,
+        max_in_flight: int = 1024,
+    ) -> None:
+        """Handle `subject` in the service's queue group, or, with `broadcast`, in every replica.
+
+        At most `max_in_flight` messages are worked on; further ones are answered OVERLOADED at once.
+        """
+        queue_group = "" if broadcast else self.service
+        stage = _Stage(self, subject, kind, handler, queue_group, max_in_flight)
+        self._stages.append(stage)
+        self.broker.subscriber(subject, queue=queue_group, no_reply=True)(stage.accept)
+
+    def on_event(self, subject: str, kind: type[T], handler: Callable[[T], Awaitable[None]]) -> None:
+        """Listen to a broadcast that nobody waits for an answer to. What cannot be decoded is logged and dropped."""
+        decode = msgspec.json.Decoder(kind).decode
+
+        async def accept(message: NatsMessage) -> None:
+            try:
+                event = decode(message.body)
+            except msgspec.DecodeError as error:
+                log.warning("undecodable event on %s: %s", subject, error)
+                return
+            await handler(event)
+
+        self.broker.subscriber(subject, no_reply=True)(accept)
+
+    # --- life ------------------------------------------------------------------------------------------------------------
+
+    async def connect(self) -> None:
+        """Connect; waits for a server that is not there yet."""
+        connection = await self.broker.connect()
+        await connection.subscribe(f"{self._inbox}.>", cb=self._on_inbox)
+
+    async def start(self) -> None:
+        """Begin to take messages; everything the handlers need must be there."""
+        await self.broker.start()
+        config = ServiceConfig(
+            name=f"portcullis-{self.service}".replace("_", "-"), version=VERSION, metadata=self.status.metadata
+        )
+        self._micro = micro.MicroService(self.connection, config, [stage.counters for stage in self._stages])
+        await self._micro.start()
+        await self._settle()
+
+    async def drain(self) -> None:
+        """Take no more messages, finish those in hand, then close the connection. Nothing delivered to us is lost."""
+        self._draining = True
+        if self.connected:
+            # FastStream's own stop switches handlers off before it unsubscribes; what arrives in between would vanish.
+            await asyncio.gather(*(self._drain_subscriber(subscriber) for subscriber in self.broker.subscribers))
+            tasks = [task for stage in self._stages for task in stage.tasks]
+            if tasks:
+                await asyncio.wait(tasks, timeout=DRAIN_TIMEOUT_SECONDS)
+            # A last forward may still be answered "no responders"; that answer is on its way back before this flush returns.
+            await self._settle()
+        await self.broker.stop()
+
+    # --- asking ----------------------------------------------------------------------------------------------------------
+
+    async def request(self, subject: str, message: Message, context: RequestContext) -> Response:
+        """Send `message` and wait for its reply until the context's deadline.
+
+        Raises `PortcullisError`: STAGE_UNAVAILABLE (no connection, connection lost, `NoRespondersError`), DEADLINE_EXCEEDED,
+        PAYLOAD_TOO_LARGE. An error reply is returned, not raised.
+        """
+        future: asyncio.Future[Msg] = asyncio.get_running_loop().create_future()
+        token = self._token()
+
+        def resolve(msg: Msg) -> None:
+            if not future.done():
+                future.set_result(msg)
+
+        self._waiting[token] = resolve
+        self._failing[token] = future
+        try:
+            await self._publish(subject, encode(message), reply=f"{self._inbox}.{token}", headers=context.headers())
+            async with asyncio.timeout(context.remaining_seconds(self.clock.now())):
+                msg = await future
+        except TimeoutError:
+            raise PortcullisError(ErrorCode.DEADLINE_EXCEEDED, internal=f"no answer on {subject}") from None
+        finally:
+            del self._waiting[token], self._failing[token]
+        headers = msg.headers or {}
+        if headers.get("Status") == "503":
+            raise NoRespondersError(subject)
+        try:
+            reply = self._decode_reply(msg.data)
+        except msgspec.DecodeError as error:
+            raise PortcullisError(ErrorCode.STAGE_UNAVAILABLE, internal=f"bad reply on {subject}: {error}") from error
+        return Response(reply, parse_timings(headers.get(TIMINGS_HEADER)))
+
+    async def gather(
+        self, subject: str, message: Message | None, context: RequestContext, *, window_seconds: float, expected: int = 0
+    ) -> list[bytes]:
+        """Ask every replica; the bodies of all answers that came within the window, or as soon as `expected` have come.
+
+        `message` None sends an empty body (as `$SRV.PING` wants). Nobody there, or no connection: an empty list.
+        """
+        answers: list[bytes] = []
+        complete = asyncio.Event()
+        token = self._token()
+
+        def collect(msg: Msg) -> None:
+            if (msg.headers or {}).get("Status") == "503":
+                complete.set()
+                return
+            answers.append(msg.data)
+            if expected and len(answers) >= expected:
+                complete.set()
+
+        self._waiting[token] = collect
+        try:
+            await self._publish(
+                subject,
+                encode(message) if message is not None else b"",
+                reply=f"{self._inbox}.{token}",
+                headers=context.headers(),
+            )
+            async with asyncio.timeout(min(window_seconds, context.remaining_seconds(self.clock.now()))):
+                await complete.wait()
+        except TimeoutError:
+            pass
+        except PortcullisError as error:
+            log.info("gather on %s: %s", subject, error)
+        finally:
+            del self._waiting[token]
+        return answers
+
+    async def publish(self, subject: str, message: Message, headers: dict[str, str] | None = None) -> None:
+        """Publish an event. Raises `PortcullisError` STAGE_UNAVAILABLE without a connection."""
+        await self._publish(subject, encode(message), headers=headers)
+
+    # --- answering -------------------------------------------------------------------------------------------------------
+
+    async def forward(self, forward: Forward, origin: str | None, context: RequestContext) -> None:
+        reply = f"{self._inbox}.{origin}" if origin else ""
+        await self._publish(forward.subject, encode(forward.message), reply=reply, headers=context.headers())
+
+    async def answer(self, origin: str | None, answer: Answer, context: RequestContext) -> None:
+        result = answer.result if isinstance(answer.result, msgspec.Raw) else raw(answer.result)
+        await self._reply(origin, Reply(result=result, rate=answer.rate), context)
+
+    async def reply_error(
+        self,
+        origin: str | None,
+        error: PortcullisError,
+        context: RequestContext | None = None,
+        rate: RateState | None = None,
+    ) -> None:
+        body = ErrorBody(
+            code=error.code,
+            detail=error.detail,
+            retry_after=error.retry_after,
+            fields=tuple(FieldError(field=path, message=text) for path, text in error.fields),
+        )
+        try:
+            await self._reply(origin, Reply(error=body, rate=rate), context)
+        except PortcullisError as problem:
+            # The connection is gone: the caller's own connection tells it so.
+            log.info("an error reply could not be sent: %s", problem)
+
+    async def _drain_subscriber(self, subscriber: Any) -> None:
+        """Unsubscribe, and wait until every message that was delivered has been handed to its stage."""
+        subscription: Subscription | None = subscriber.subscription
+        if subscription is None:
+            return
+        subscriber.subscription = None
+        with contextlib.suppress(nats.errors.Error):  # the connection went away in the middle: nothing is delivered any more
+            # nats-py's own drain is not enough: its PING is written past its buffer and overtakes the UNSUB there, so that
+            # messages still arrive after it has stopped to look. Here the UNSUB has left before drain's PING.
+            await self.connection._send_unsubscribe(subscription._id)
+            await self.connection.flush()
+            await subscription.drain()  # type: ignore[no-untyped-call]
+
+    async def _settle(self) -> None:
+        """Wait until the server has taken everything written so far. Twice: the first PING overtakes the buffer (see above)."""
+        await self.connection.flush()
+        await self.connection.flush()
+
+    async def _reply(self, origin: str | None, reply: Reply, context: RequestContext | None) -> None:
+        if origin:
+            await self._publish(origin, encode(reply), headers=context.headers() if context else None)
+
+    async def _publish(self, subject: str, payload: bytes, reply: str = "", headers: dict[str, str] | None = None) -> None:
+        # Each of these would otherwise close the client for ever, or keep the message for after a reconnect.
+        connection = self.connection
+        if not connection.is_connected:
+            raise PortcullisError(ErrorCode.STAGE_UNAVAILABLE, internal="not connected to NATS")
+        if len(payload) + HEADER_RESERVE_BYTES > connection.max_payload:
+            raise PortcullisError(ErrorCode.PAYLOAD_TOO_LARGE, internal=f"{len(payload)} bytes for {subject}")
+        try:
+            await connection.publish(subject, payload, reply=reply, headers=headers)
+        except nats.errors.Error as error:
+            raise PortcullisError(ErrorCode.STAGE_UNAVAILABLE, internal=f"publish to {subject}: {error!r}") from error
+
+    # --- the connection's own events -------------------------------------------------------------------------------------
+
+    def _token(self) -> str:
+        self._sequence += 1
+        return f"{self._sequence:x}"
+
+    async def _on_inbox(self, msg: Msg) -> None:
+        rest = msg.subject[len(self._inbox) + 1 :]
+        if rest.startswith(INBOX_PREFIX):
+            # Only the server writes here: a forward found no subscriber.
+            await self.reply_error(rest, PortcullisError(ErrorCode.STAGE_UNAVAILABLE, internal="the next stage is away"))
+        elif (resolve := self._waiting.get(rest)) is not None:
+            resolve(msg)
+
+    async def _on_error(self, error: Exception) -> None:
+        event = "slow_consumer" if isinstance(error, nats.errors.SlowConsumerError) else "error"
+        telemetry.NATS_EVENTS.labels(event).inc()
+        log.warning("NATS: %r", error)
+
+    async def _on_disconnected(self) -> None:
+        telemetry.NATS_EVENTS.labels("disconnected").inc()
+        if not self._draining:
+            log.warning("disconnected from NATS")
+        for future in self._failing.values():
+            if not future.done():
+                future.set_exception(PortcullisError(ErrorCode.STAGE_UNAVAILABLE, internal="the NATS connection was lost"))
+
+    async def _on_reconnected(self) -> None:
+        log.info("reconnected to NATS")
+        for hook in self.on_reconnect:
+            await hook()
+
+    async def _on_closed(self) -> None:
+        self.closed.set()
+
+
+async def _undecoded(message: NatsMessage) -> NatsMessage:
+    """FastStream would decode every body as JSON first; the stages decode for themselves, into their types."""
+    return message
+
+
+def origin_of(reply: str | None) -> str | None:
+    """Where the answer to a message goes: its reply subject, less the inboxes of the stages that forwarded it.
+
+    None when there is none, or when it is not an inbox (a forged reply subject must not make us publish elsewhere).
+    """
+    if not reply:
+        return None
+    origin = INBOX_PREFIX + reply.rpartition(INBOX_PREFIX)[2]
+    return origin if _ORIGIN.fullmatch(origin) else None

@@ -1,0 +1,83 @@
+"""What travels with every request in the headers of its messages: deadline, request id, trace, and the time spent so far."""
+
+from __future__ import annotations
+
+import re
+import secrets
+from dataclasses import dataclass, field
+
+from libs.common.errors import ErrorCode, PortcullisError
+
+DEADLINE_HEADER = "Portcullis-Deadline"
+REQUEST_ID_HEADER = "Portcullis-Request-Id"
+TRACEPARENT_HEADER = "traceparent"
+TIMINGS_HEADER = "Portcullis-Timings"
+
+# A request id ends up in headers, logs and answers: no spaces, no control characters, bounded.
+REQUEST_ID_PATTERN = re.compile(r"[A-Za-z0-9._:@/+=-]{1,128}", re.ASCII)
+# W3C Trace Context, version 00: https://www.w3.org/TR/trace-context/#traceparent-header
+TRACEPARENT_PATTERN = re.compile(r"00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}", re.ASCII)
+
+
+def new_request_id() -> str:
+    return secrets.token_hex(16)
+
+
+def new_traceparent() -> str:
+    return f"00-{secrets.token_hex(16)}-{secrets.token_hex(8)}-01"
+
+
+@dataclass(frozen=True, slots=True)
+class RequestContext:
+    """`deadline_ms`: epoch milliseconds. `timings`: milliseconds by stage, in the order of the path."""
+
+    deadline_ms: int
+    request_id: str
+    traceparent: str
+    timings: dict[str, float] = field(default_factory=dict)
+
+    def remaining_seconds(self, now: float) -> float:
+        """Seconds until the deadline, negative after it. `now`: epoch seconds."""
+        return self.deadline_ms / 1000 - now
+
+    def headers(self) -> dict[str, str]:
+        headers = {
+            DEADLINE_HEADER: str(self.deadline_ms),
+            REQUEST_ID_HEADER: self.request_id,
+            TRACEPARENT_HEADER: self.traceparent,
+        }
+        if self.timings:
+            headers[TIMINGS_HEADER] = ",".join(f"{stage}={ms:.3f}" for stage, ms in self.timings.items())
+        return headers
+
+
+def parse_timings(value: str | None) -> dict[str, float]:
+    """`auth=0.41,limiter=0.52` → a dict; what cannot be read is left out, since timings never decide anything."""
+    timings: dict[str, float] = {}
+    for part in (value or "").split(","):
+        stage, _, ms = part.partition("=")
+        try:
+            timings[stage] = float(ms)
+        except ValueError:
+            continue
+    return timings
+
+
+def from_headers(headers: dict[str, str]) -> RequestContext:
+    """The context of an incoming message.
+
+    Raises `PortcullisError` BAD_REQUEST when the deadline is missing or not a number: a message that could be executed at any
+    later time is worse than one refused. A missing or insane id or trace is replaced.
+    """
+    try:
+        deadline_ms = int(headers[DEADLINE_HEADER])
+    except (KeyError, ValueError):
+        raise PortcullisError(ErrorCode.BAD_REQUEST, f"The message has no valid {DEADLINE_HEADER} header.") from None
+    request_id = headers.get(REQUEST_ID_HEADER, "")
+    traceparent = headers.get(TRACEPARENT_HEADER, "")
+    return RequestContext(
+        deadline_ms=deadline_ms,
+        request_id=request_id if REQUEST_ID_PATTERN.fullmatch(request_id) else new_request_id(),
+        traceparent=traceparent if TRACEPARENT_PATTERN.fullmatch(traceparent) else new_traceparent(),
+        timings=parse_timings(headers.get(TIMINGS_HEADER)),
+    )

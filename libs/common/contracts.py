@@ -1,0 +1,378 @@
+"""The messages on the bus: frozen, JSON, version 1 (the `v1` of their subjects).
+
+Fields may be added with a default; none is renamed, removed or given another meaning within a version, so that services of
+neighbouring releases run side by side. Unknown fields are ignored for the same reason. Golden examples: tests/contract.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta, Raw, Struct
+
+MAX_TEXT_CHARACTERS = 100_000
+
+ThreatType = Literal["jailbreak", "injection", "system_prompt_leak", "data_extraction", "encoding_attack", "delimiter_attack"]
+THREAT_TYPES: tuple[ThreatType, ...] = (
+    "jailbreak",
+    "injection",
+    "system_prompt_leak",
+    "data_extraction",
+    "encoding_attack",
+    "delimiter_attack",
+)
+Scope = Literal["detect", "batch", "admin"]
+BreakerState = Literal["closed", "open", "half_open"]
+
+Probability = Annotated[float, Meta(ge=0.0, le=1.0)]
+
+
+NULL = Raw(b"null")
+
+
+class Message(Struct, frozen=True, kw_only=True):
+    """Base of everything that crosses the bus."""
+
+
+# --- who calls -----------------------------------------------------------------------------------------------------------
+
+
+class Credential(Message, frozen=True):
+    """An API key as it crosses the bus: its public id and the SHA-256 of the whole key, hex. The key itself stays at the edge."""
+
+    key_id: str
+    digest: str
+
+
+class Principal(Message, frozen=True):
+    """A caller whose key has been verified. Limits are units per sliding minute and per sliding day."""
+
+    key_id: str
+    scopes: tuple[Scope, ...]
+    limit_minute: int
+    limit_day: int
+
+
+class RateState(Message, frozen=True):
+    """What is left of a key's limits after this call.
+
+    `reset_*`: seconds until the next unit is free, 0 when one is free now. `degraded`: Redis could not be asked, so the limits
+    were those of this limiter process alone.
+    """
+
+    limit_minute: int
+    remaining_minute: int
+    reset_minute: float
+    limit_day: int
+    remaining_day: int
+    reset_day: float
+    degraded: bool = False
+
+
+# --- a detection ---------------------------------------------------------------------------------------------------------
+
+
+class DetectPayload(Message, frozen=True):
+    """What is to be judged. `threshold` None: that of the model which answers."""
+
+    text: Annotated[str, Meta(min_length=1, max_length=MAX_TEXT_CHARACTERS)]
+    threshold: Probability | None = None
+    detailed: bool = False
+
+
+class DetectRequest(Message, frozen=True):
+    """edge → auth. `payload` is a `DetectPayload` that stays encoded until the proxy: no stage before it reads a text."""
+
+    credential: Credential
+    payload: Raw
+    cost: Annotated[int, Meta(ge=1)] = 1
+
+
+class AuthenticatedDetect(Message, frozen=True):
+    """auth → limiter."""
+
+    principal: Principal
+    payload: Raw
+    cost: Annotated[int, Meta(ge=1)] = 1
+
+
+class AdmittedDetect(Message, frozen=True):
+    """limiter → detector_proxy."""
+
+    principal: Principal
+    rate: RateState
+    payload: Raw
+    cost: Annotated[int, Meta(ge=1)] = 1
+
+
+class Coverage(Message, frozen=True):
+    """What was read of a text. `truncated`: some of it was not."""
+
+    tokens: int
+    windows: int
+    truncated: bool
+
+
+class Span(Message, frozen=True):
+    """Characters [start, end) of the text as sent, and the probability of the window or sentence there."""
+
+    start: int
+    end: int
+    score: float
+    transform: str | None = None
+
+
+class Transform(Message, frozen=True):
+    """Something that the normaliser undid: what, and how often."""
+
+    name: str
+    count: int
+
+
+class Verdict(Message, frozen=True):
+    """An engine's judgement. `threat_types` is empty when `is_malicious` is false. `timings`: milliseconds by stage."""
+
+    is_malicious: bool
+    confidence: Probability
+    threat_types: tuple[ThreatType, ...]
+    endpoint: str
+    degraded: bool
+    coverage: Coverage | None = None
+    reason: str | None = None
+    spans: tuple[Span, ...] = ()
+    transforms: tuple[Transform, ...] = ()
+    timings: dict[str, float] = {}
+
+
+class ModelRequest(Message, frozen=True):
+    """detector_proxy → a worker of a pool."""
+
+    text: Annotated[str, Meta(min_length=1, max_length=MAX_TEXT_CHARACTERS)]
+    detailed: bool = False
+
+
+class ModelResult(Message, frozen=True):
+    """A worker's judgement, before any threshold is applied.
+
+    `confidence` is the calibrated probability; `threshold` the one that the model was shipped with; `threat_types` those that
+    would be named if the text is malicious (never empty).
+    """
+
+    confidence: Probability
+    threshold: Probability
+    threat_types: tuple[ThreatType, ...]
+    model: str
+    coverage: Coverage
+    reason: str | None = None
+    spans: tuple[Span, ...] = ()
+    transforms: tuple[Transform, ...] = ()
+    timings: dict[str, float] = {}
+
+
+# --- keys ----------------------------------------------------------------------------------------------------------------
+
+
+class RegisterRequest(Message, frozen=True):
+    """edge → limiter → auth. Limits None: the defaults. `admin_digest`: SHA-256 of an admin token, hex."""
+
+    name: str
+    address: str
+    rate_limit_per_minute: int | None = None
+    rate_limit_per_day: int | None = None
+    admin_digest: str | None = None
+
+
+class AccountRequest(Message, frozen=True):
+    """A caller about its own key: profile, rotate, revoke."""
+
+    credential: Credential
+
+
+class DayUsage(Message, frozen=True):
+    """One UTC day (ISO date)."""
+
+    date: str
+    requests: int
+    malicious: int
+
+
+class KeyRecord(Message, frozen=True):
+    """A key as its owner or an administrator sees it. Times are ISO 8601 in UTC."""
+
+    key_id: str
+    name: str
+    scopes: tuple[Scope, ...]
+    rate_limit_per_minute: int
+    rate_limit_per_day: int
+    created_at: str
+    expires_at: str | None = None
+    last_used_at: str | None = None
+    revoked_at: str | None = None
+    total_requests: int = 0
+    malicious_detections: int = 0
+    days: tuple[DayUsage, ...] = ()
+
+
+class IssuedKey(Message, frozen=True):
+    """A new or rotated key: the only message that holds one. `previous_valid_until`: the end of the old key's grace period."""
+
+    api_key: str
+    record: KeyRecord
+    previous_valid_until: str | None = None
+
+
+class AnsweredAccount(Message, frozen=True):
+    """auth → limiter: the answer to a keyed call (a `KeyRecord`, an `IssuedKey` or null), to be sent on with the key's limits."""
+
+    principal: Principal
+    result: Raw
+
+
+class AdminCredential(Message, frozen=True):
+    """Who asks: the SHA-256 of the admin token (hex), or a key that has the scope `admin`."""
+
+    admin_digest: str | None = None
+    credential: Credential | None = None
+
+
+class AdminListKeys(Message, frozen=True):
+    """A page of keys, oldest first. `after`: the last key_id of the page before."""
+
+    admin: AdminCredential
+    after: str | None = None
+    limit: Annotated[int, Meta(ge=1, le=1000)] = 100
+
+
+class AdminCreateKey(Message, frozen=True):
+    admin: AdminCredential
+    name: str
+    scopes: tuple[Scope, ...] | None = None
+    rate_limit_per_minute: int | None = None
+    rate_limit_per_day: int | None = None
+    expires_at: str | None = None
+
+
+class AdminKey(Message, frozen=True):
+    """Get or delete one key."""
+
+    admin: AdminCredential
+    key_id: str
+
+
+class AdminUpdateKey(Message, frozen=True):
+    """Only what is not None is changed."""
+
+    admin: AdminCredential
+    key_id: str
+    name: str | None = None
+    scopes: tuple[Scope, ...] | None = None
+    rate_limit_per_minute: int | None = None
+    rate_limit_per_day: int | None = None
+    expires_at: str | None = None
+
+
+class KeyList(Message, frozen=True):
+    keys: tuple[KeyRecord, ...]
+    next_after: str | None = None
+
+
+class KeyChanged(Message, frozen=True):
+    """Broadcast to every auth replica: forget what is cached of this key."""
+
+    key_id: str
+
+
+# --- breakers ------------------------------------------------------------------------------------------------------------
+
+
+class BreakersListRequest(Message, frozen=True):
+    pass
+
+
+class BreakersResetRequest(Message, frozen=True):
+    """edge → auth."""
+
+    admin: AdminCredential
+    name: str
+
+
+class BreakersReset(Message, frozen=True):
+    """auth → every proxy replica."""
+
+    name: str
+
+
+class BreakerStatus(Message, frozen=True):
+    """One breaker in one replica. Times are ISO 8601 in UTC; `retry_at`: when an open breaker lets a probe through."""
+
+    name: str
+    state: BreakerState
+    replica: str
+    failures: int
+    successes: int
+    opened_at: str | None = None
+    retry_at: str | None = None
+    reason: str | None = None
+
+
+class BreakerReport(Message, frozen=True):
+    """One replica's answer."""
+
+    replica: str
+    breakers: tuple[BreakerStatus, ...]
+
+
+class BreakerChanged(Message, frozen=True):
+    name: str
+    replica: str
+    before: BreakerState
+    after: BreakerState
+    at: str
+    reason: str
+
+
+# --- usage ---------------------------------------------------------------------------------------------------------------
+
+
+class UsageRecorded(Message, frozen=True):
+    """One admitted call. `at_ms`: epoch milliseconds. `failed`: units that got no verdict."""
+
+    key_id: str
+    at_ms: int
+    requests: int
+    malicious: int
+    failed: int = 0
+
+
+# --- replies -------------------------------------------------------------------------------------------------------------
+
+
+class FieldError(Message, frozen=True):
+    field: str
+    message: str
+
+
+class ErrorBody(Message, frozen=True):
+    """A `PortcullisError` on the wire."""
+
+    code: str
+    detail: str
+    retry_after: int | None = None
+    fields: tuple[FieldError, ...] = ()
+
+
+class Reply(Message, frozen=True):
+    """The answer to any request: `result` (encoded; its type follows from the subject) or `error`."""
+
+    result: Raw = NULL
+    error: ErrorBody | None = None
+    rate: RateState | None = None
+
+
+encode = msgspec.json.Encoder().encode
+
+
+def raw(message: Struct | None) -> Raw:
+    """`message` encoded, to be embedded in another."""
+    return Raw(encode(message))

@@ -1,0 +1,80 @@
+"""NATS ADR-32 (`$SRV.PING/INFO/STATS`) for a service whose subscriptions are the bus's own, so that `nats micro ls` shows it.
+
+Health travels in the metadata of the PING answer: `status` and the state of what the service depends on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from nats.aio.client import Client
+from nats.micro.service import EndpointInfo, EndpointStats, Service, ServiceConfig, ServiceInfo, ServiceStats
+
+# Keys in the PING metadata.
+INSTANCE = "instance"
+STATUS = "status"  # ok, degraded (answers, but not as configured) or down (cannot answer)
+STORE_REDIS = "store.redis"  # up or down
+STORE_POSTGRES = "store.postgres"  # up or down
+ENGINE_CONFIGURED = "engine.configured"  # kind of the primary engine, or "pool" when the fallback pool is the engine
+ENGINE_NAME = "engine.name"
+ENGINE_STATUS = "engine.status"  # up, degraded or down
+ENGINE_BREAKER = "engine.breaker"  # closed, open or half_open
+MODEL_NAME = "model.name"
+
+Status = Literal["ok", "degraded", "down"]
+
+
+@dataclass(slots=True)
+class EndpointCounters:
+    """What STATS tells of one subject. `processing_ns`: nanoseconds spent, in all."""
+
+    name: str
+    subject: str
+    queue_group: str
+    requests: int = 0
+    errors: int = 0
+    processing_ns: int = 0
+    last_error: str = ""
+
+
+@dataclass(slots=True)
+class FleetStatus:
+    """This process's health, as PING shows it. Values are short words; never an address or a secret."""
+
+    metadata: dict[str, str] = field(default_factory=lambda: {STATUS: "ok"})
+
+    def set(self, key: str, value: str) -> None:
+        self.metadata[key] = value
+
+
+class MicroService(Service):
+    """nats-py's micro service with the counters of the bus in place of its own endpoints."""
+
+    def __init__(self, client: Client, config: ServiceConfig, counters: list[EndpointCounters]) -> None:
+        super().__init__(client, config)
+        self._counters = counters
+
+    def info(self) -> ServiceInfo:
+        info = super().info()
+        info.endpoints = [
+            EndpointInfo(name=c.name, subject=c.subject, queue_group=c.queue_group, metadata={}) for c in self._counters
+        ]
+        return info
+
+    def stats(self) -> ServiceStats:
+        stats = super().stats()
+        stats.endpoints = [
+            EndpointStats(
+                name=c.name,
+                subject=c.subject,
+                queue_group=c.queue_group,
+                num_requests=c.requests,
+                num_errors=c.errors,
+                processing_time=c.processing_ns,
+                average_processing_time=c.processing_ns // c.requests if c.requests else 0,
+                last_error=c.last_error,
+            )
+            for c in self._counters
+        ]
+        return stats

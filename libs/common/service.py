@@ -1,0 +1,104 @@
+"""How a service runs: settings, logs, the bus, the service's own parts, then messages until SIGTERM."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import sys
+from collections.abc import Callable, Coroutine
+from contextlib import AbstractAsyncContextManager
+from typing import TypeVar
+
+import nats.errors
+import uvloop
+
+from libs.common import settings as settings_module
+from libs.common import telemetry
+from libs.common.bus import Bus
+from libs.common.settings import CommonSettings
+
+log = logging.getLogger(__name__)
+
+S = TypeVar("S", bound=CommonSettings)
+
+Parts = Callable[[Bus, S], AbstractAsyncContextManager[None]]
+"""A service's composition root: on a connected bus it opens what it needs and registers its stages; on exit it closes."""
+
+EXIT_CONNECTION_LOST = 3
+"""The NATS connection was closed for good; whoever supervises us starts a new process."""
+
+
+class ConfigurationError(Exception):
+    """Something that only the operator can mend; its text is one line that says what to do."""
+
+
+def run(service: str, settings_type: type[S], parts: Parts[S]) -> None:
+    """Run a service until SIGTERM or SIGINT. Exit status 0 after a clean stop, 2 on wrong configuration."""
+    settings = settings_module.load(settings_type)
+    try:
+        status = uvloop.run(_serve(service, settings, parts))
+    except ConfigurationError as error:
+        print(f"portcullis {service}: {error}", file=sys.stderr)  # noqa: T201
+        status = 2
+    raise SystemExit(status)
+
+
+async def connect(bus: Bus, settings: CommonSettings) -> None:
+    """Connect the bus, waiting for the server; wrong credentials are the operator's to mend."""
+    while True:
+        try:
+            await bus.connect()
+        except nats.errors.NoServersError:
+            log.warning("no NATS server yet")
+            await asyncio.sleep(0.2)
+        except nats.errors.Error as error:
+            if "authorization" in str(error).lower():
+                raise ConfigurationError(
+                    "NATS refuses the credentials; check PORTCULLIS_NATS_USER and PORTCULLIS_NATS_PASSWORD"
+                ) from None
+            raise
+        else:
+            return
+
+
+async def _serve(service: str, settings: S, parts: Parts[S]) -> int:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for name in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(name, stop.set)
+    bus = Bus(service, settings)
+    telemetry.setup_logging(service, bus.instance, settings)
+    telemetry.serve_metrics(settings)
+    if not await _unless(stop, connect(bus, settings)):
+        return 0
+    async with parts(bus, settings):
+        await bus.start()
+        log.info("ready")
+        lost = asyncio.ensure_future(bus.closed.wait())
+        stopped = asyncio.ensure_future(stop.wait())
+        await asyncio.wait({lost, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        lost.cancel()
+        stopped.cancel()
+        if bus.closed.is_set():
+            log.error("the NATS connection is closed for good")
+            return EXIT_CONNECTION_LOST
+        await bus.drain()
+    log.info("stopped")
+    return 0
+
+
+async def _unless(stop: asyncio.Event, work: Coroutine[object, object, None]) -> bool:
+    """Run `work`; False when the signal to stop came first."""
+    task = asyncio.ensure_future(work)
+    stopped = asyncio.ensure_future(stop.wait())
+    await asyncio.wait({task, stopped}, return_when=asyncio.FIRST_COMPLETED)
+    stopped.cancel()
+    if not task.done():
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+        return False
+    task.result()
+    return True

@@ -1,0 +1,41 @@
+"""Configuration from the environment, `PORTCULLIS_*`; a wrong value ends the start with one line that says what to do."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Literal, TypeVar
+
+from pydantic import Field, SecretStr, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class CommonSettings(BaseSettings):
+    """What every service reads."""
+
+    model_config = SettingsConfigDict(env_prefix="PORTCULLIS_", extra="ignore", frozen=True, hide_input_in_errors=True)
+
+    nats_url: str = "nats://127.0.0.1:4222"
+    nats_user: str | None = None
+    nats_password: SecretStr | None = None
+    nats_tls_ca: str | None = None
+    """Path of the CA certificate with which the server's is checked; set for tls:// URLs with a private CA."""
+    metrics_port: Annotated[int, Field(ge=0, le=65535)] = 0
+    """Where this process serves /metrics on `metrics_host`; 0: nowhere."""
+    metrics_host: str = "127.0.0.1"
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    log_format: Literal["auto", "json", "text"] = "auto"
+
+
+SettingsT = TypeVar("SettingsT", bound=CommonSettings)
+
+
+def load(settings: type[SettingsT]) -> SettingsT:
+    """The settings, or the end of the process with status 2 and one line per wrong value (values themselves are not shown)."""
+    try:
+        return settings()
+    except ValidationError as error:
+        for problem in error.errors(include_input=False, include_url=False):
+            name = "_".join(str(part) for part in problem["loc"]).upper()
+            prefix = "" if name.startswith("PORTCULLIS_") else "PORTCULLIS_"
+            print(f"portcullis: {prefix}{name}: {problem['msg']}; set it in the environment", file=sys.stderr)  # noqa: T201
+        raise SystemExit(2) from None

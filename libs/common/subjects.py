@@ -1,0 +1,135 @@
+"""Every NATS subject, queue group and stream, and who may use it. The only place where a subject is spelt."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+INBOX_PREFIX = "_INBOX"
+
+# The path of a detection: each stage takes the one and forwards the next.
+DETECT_REQUEST = "detect.v1.request"
+DETECT_AUTHENTICATED = "detect.v1.authenticated"
+DETECT_ADMITTED = "detect.v1.admitted"
+
+# Keys. A registration passes the limiter first (it is limited per address), then auth.
+REGISTER_REQUEST = "account.v1.register.request"
+REGISTER_ADMITTED = "account.v1.register.admitted"
+ACCOUNT_PROFILE = "account.v1.profile"
+ACCOUNT_ROTATE = "account.v1.rotate"
+ACCOUNT_REVOKE = "account.v1.revoke"
+# Auth's answer to a keyed call passes the limiter, which adds the state of the key's limits and replies.
+ACCOUNT_ANSWERED = "account.v1.answered"
+
+ADMIN_KEYS_LIST = "admin.v1.keys.list"
+ADMIN_KEYS_CREATE = "admin.v1.keys.create"
+ADMIN_KEYS_GET = "admin.v1.keys.get"
+ADMIN_KEYS_UPDATE = "admin.v1.keys.update"
+ADMIN_KEYS_DELETE = "admin.v1.keys.delete"
+
+# Breakers live in every replica of the proxy: lists and resets are broadcast and every replica answers. A reset passes auth.
+BREAKERS_LIST = "breakers.v1.list"
+BREAKERS_RESET_REQUEST = "admin.v1.breakers.reset"
+BREAKERS_RESET = "breakers.v1.reset"
+
+# Events, for whoever listens.
+EVENT_KEY_CHANGED = "events.v1.key.changed"
+EVENT_BREAKER_CHANGED = "events.v1.breaker.changed"
+
+# Usage, kept by JetStream until auth has written it to PostgreSQL.
+USAGE_RECORDED = "usage.v1.recorded"
+USAGE_STREAM = "USAGE"
+
+DEFAULT_POOL = "fallback"
+
+SERVICES = ("edge", "auth", "limiter", "detector_proxy", "fallback_model")
+
+
+def model_pool(pool: str) -> str:
+    """The subject on which the workers of `pool` take texts."""
+    return f"model.v1.{pool}"
+
+
+def inbox(service: str, instance: str) -> str:
+    """The private inbox of one process of `service`; its answers arrive below it."""
+    return f"{INBOX_PREFIX}.{service}.{instance}"
+
+
+@dataclass(frozen=True, slots=True)
+class Permissions:
+    """What a service's NATS user may publish and subscribe to; everything else is refused by the server."""
+
+    publish: tuple[str, ...]
+    subscribe: tuple[str, ...]
+
+
+def _service(name: str, publish: tuple[str, ...], subscribe: tuple[str, ...]) -> Permissions:
+    # Replies go to inboxes that cannot be guessed (instance and token); only a service's own can be read.
+    return Permissions(
+        publish=(f"{INBOX_PREFIX}.>", *publish),
+        subscribe=(f"{INBOX_PREFIX}.{name}.>", "$SRV.>", *subscribe),
+    )
+
+
+PERMISSIONS: dict[str, Permissions] = {
+    "edge": _service(
+        "edge",
+        publish=(
+            DETECT_REQUEST,
+            REGISTER_REQUEST,
+            ACCOUNT_PROFILE,
+            ACCOUNT_ROTATE,
+            ACCOUNT_REVOKE,
+            ADMIN_KEYS_LIST,
+            ADMIN_KEYS_CREATE,
+            ADMIN_KEYS_GET,
+            ADMIN_KEYS_UPDATE,
+            ADMIN_KEYS_DELETE,
+            BREAKERS_LIST,
+            BREAKERS_RESET_REQUEST,
+            "$SRV.PING",
+        ),
+        subscribe=(EVENT_BREAKER_CHANGED,),
+    ),
+    "auth": _service(
+        "auth",
+        publish=(
+            DETECT_AUTHENTICATED,
+            ACCOUNT_ANSWERED,
+            BREAKERS_RESET,
+            EVENT_KEY_CHANGED,
+            "$JS.API.INFO",
+            f"$JS.API.STREAM.INFO.{USAGE_STREAM}",
+            f"$JS.API.STREAM.CREATE.{USAGE_STREAM}",
+            f"$JS.API.CONSUMER.CREATE.{USAGE_STREAM}.>",
+            f"$JS.API.CONSUMER.INFO.{USAGE_STREAM}.>",
+            f"$JS.API.CONSUMER.DELETE.{USAGE_STREAM}.>",
+            f"$JS.API.CONSUMER.MSG.NEXT.{USAGE_STREAM}.>",
+            f"$JS.ACK.{USAGE_STREAM}.>",
+        ),
+        subscribe=(
+            DETECT_REQUEST,
+            REGISTER_ADMITTED,
+            ACCOUNT_PROFILE,
+            ACCOUNT_ROTATE,
+            ACCOUNT_REVOKE,
+            ADMIN_KEYS_LIST,
+            ADMIN_KEYS_CREATE,
+            ADMIN_KEYS_GET,
+            ADMIN_KEYS_UPDATE,
+            ADMIN_KEYS_DELETE,
+            BREAKERS_RESET_REQUEST,
+            EVENT_KEY_CHANGED,
+        ),
+    ),
+    "limiter": _service(
+        "limiter",
+        publish=(DETECT_ADMITTED, REGISTER_ADMITTED),
+        subscribe=(DETECT_AUTHENTICATED, REGISTER_REQUEST, ACCOUNT_ANSWERED),
+    ),
+    "detector_proxy": _service(
+        "detector_proxy",
+        publish=("model.v1.*", USAGE_RECORDED, EVENT_BREAKER_CHANGED),
+        subscribe=(DETECT_ADMITTED, BREAKERS_LIST, BREAKERS_RESET, EVENT_BREAKER_CHANGED),
+    ),
+    "fallback_model": _service("fallback_model", publish=(), subscribe=("model.v1.*",)),
+}

@@ -1,0 +1,90 @@
+"""Real servers, started once per run, on free loopback ports in a temporary directory."""
+
+from __future__ import annotations
+
+import secrets
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from infra.embedded import servers
+from libs.common.subjects import SERVICES
+
+OPERATOR = "operator"
+"""A NATS user without restrictions, for tests that play somebody."""
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def wait_until(condition: Callable[[], bool], *, timeout_seconds: float = 20.0, what: str = "the condition") -> None:
+    """Poll a condition; fail loudly when it does not come."""
+    deadline = time.monotonic() + timeout_seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            pytest.fail(f"waited {timeout_seconds} s in vain for {what}")
+        time.sleep(0.02)
+
+
+def _accepts(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.settimeout(0.2)
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+@contextmanager
+def running(server: servers.Server) -> Iterator[servers.Server]:
+    """The server as a process, ready to accept, until the end of the block."""
+    process = subprocess.Popen(server.command, user=server.user, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        wait_until(lambda: _accepts(server.port), what=f"{server.name} on port {server.port}")
+        yield server
+    finally:
+        process.send_signal(getattr(signal, f"SIG{server.stop_signal}"))
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+@pytest.fixture(scope="session")
+def server_home() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="portcullis-test-") as home:
+        yield Path(home)
+
+
+@pytest.fixture(scope="session")
+def nats_passwords() -> dict[str, str]:
+    return {name: secrets.token_urlsafe(12) for name in (*SERVICES, OPERATOR)}
+
+
+@pytest.fixture(scope="session")
+def nats_server(server_home: Path, nats_passwords: dict[str, str]) -> Iterator[servers.Server]:
+    with running(servers.nats(server_home / "nats", free_port(), nats_passwords)) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def redis_server(server_home: Path) -> Iterator[servers.Server]:
+    home = server_home / "redis"
+    home.mkdir()
+    with running(servers.redis(home, free_port(), secrets.token_urlsafe(12))) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def postgres_server(server_home: Path) -> Iterator[servers.Server]:
+    with running(servers.postgres(server_home / "pg", free_port(), secrets.token_urlsafe(12))) as server:
+        yield server

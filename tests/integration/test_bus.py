@@ -1,0 +1,236 @@
+"""The bus against a real server: the cases in which FastStream's in-memory broker disagrees with it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+
+import msgspec
+import nats
+import pytest
+from pydantic import SecretStr
+
+from infra.embedded.servers import Server
+from libs.common import contracts, subjects
+from libs.common.bus import Answer, Bus, Forward, NoRespondersError, origin_of
+from libs.common.context import RequestContext, new_request_id, new_traceparent
+from libs.common.contracts import Message
+from libs.common.errors import ErrorCode, PortcullisError
+from libs.common.settings import CommonSettings
+
+MakeBus = Callable[[str], Bus]
+
+
+class Ping(Message, frozen=True):
+    value: int = 0
+
+
+def context(seconds: float = 5.0) -> RequestContext:
+    return RequestContext(int((time.time() + seconds) * 1000), new_request_id(), new_traceparent())
+
+
+@pytest.fixture
+def make_bus(nats_server: Server, nats_passwords: dict[str, str]) -> MakeBus:
+    def make(service: str) -> Bus:
+        return Bus(
+            service,
+            CommonSettings(nats_url=nats_server.url, nats_user=service, nats_password=SecretStr(nats_passwords[service])),
+        )
+
+    return make
+
+
+@asynccontextmanager
+async def started(*buses: Bus) -> AsyncIterator[None]:
+    async with AsyncExitStack() as stack:
+        for bus in buses:
+            await bus.connect()
+            await bus.start()
+            stack.push_async_callback(bus.drain)
+        yield
+
+
+async def forward_to_limiter(message: Ping, _: RequestContext) -> Forward:
+    return Forward(subjects.DETECT_AUTHENTICATED, message)
+
+
+async def test_chain_answers_the_origin_with_timings(make_bus: MakeBus) -> None:
+    edge, auth, limiter = make_bus("edge"), make_bus("auth"), make_bus("limiter")
+
+    async def double(message: Ping, _: RequestContext) -> Answer:
+        return Answer(Ping(value=message.value * 2))
+
+    auth.stage(subjects.DETECT_REQUEST, Ping, forward_to_limiter)
+    limiter.stage(subjects.DETECT_AUTHENTICATED, Ping, double)
+    async with started(edge, auth, limiter):
+        response = await edge.request(subjects.DETECT_REQUEST, Ping(value=21), context())
+    assert response.reply.error is None
+    assert response.reply.result == contracts.raw(Ping(value=42))
+    assert list(response.timings) == ["auth", "limiter"]
+
+
+async def test_nobody_at_the_first_stage_is_known_at_once(make_bus: MakeBus) -> None:
+    edge = make_bus("edge")
+    async with started(edge):
+        began = time.monotonic()
+        with pytest.raises(NoRespondersError):
+            await edge.request(subjects.DETECT_REQUEST, Ping(), context(30))
+        assert time.monotonic() - began < 10
+
+
+async def test_nobody_at_a_later_stage_is_answered_at_once(make_bus: MakeBus) -> None:
+    edge, auth = make_bus("edge"), make_bus("auth")
+    auth.stage(subjects.DETECT_REQUEST, Ping, forward_to_limiter)
+    async with started(edge, auth):
+        response = await edge.request(subjects.DETECT_REQUEST, Ping(), context(30))
+    assert response.reply.error is not None
+    assert response.reply.error.code == ErrorCode.STAGE_UNAVAILABLE
+
+
+@pytest.mark.parametrize(
+    ("body", "code"),
+    [(b"\xff\x00garbage", ErrorCode.BAD_REQUEST), (b'{"value":"x"}', ErrorCode.BAD_REQUEST), (b"[]", ErrorCode.BAD_REQUEST)],
+)
+async def test_a_body_that_cannot_be_read_is_answered(make_bus: MakeBus, body: bytes, code: ErrorCode) -> None:
+    edge, auth = make_bus("edge"), make_bus("auth")
+    auth.stage(subjects.DETECT_REQUEST, Ping, forward_to_limiter)
+    async with started(edge, auth):
+        msg = await edge.connection.request(subjects.DETECT_REQUEST, body, timeout=5, headers=context().headers())
+    assert msgspec.json.decode(msg.data, type=contracts.Reply).error.code == code  # type: ignore[union-attr]
+
+
+async def test_a_message_without_deadline_is_refused(make_bus: MakeBus) -> None:
+    edge, auth = make_bus("edge"), make_bus("auth")
+    auth.stage(subjects.DETECT_REQUEST, Ping, forward_to_limiter)
+    async with started(edge, auth):
+        msg = await edge.connection.request(subjects.DETECT_REQUEST, b"{}", timeout=5)
+    assert msgspec.json.decode(msg.data, type=contracts.Reply).error.code == ErrorCode.BAD_REQUEST  # type: ignore[union-attr]
+
+
+async def test_errors_and_bugs_of_a_handler_are_answered(make_bus: MakeBus) -> None:
+    edge, auth = make_bus("edge"), make_bus("auth")
+
+    async def fail(message: Ping, _: RequestContext) -> Answer:
+        if message.value:
+            raise PortcullisError(ErrorCode.FORBIDDEN, internal="a secret")
+        raise ZeroDivisionError("a secret")
+
+    auth.stage(subjects.DETECT_REQUEST, Ping, fail)
+    async with started(edge, auth):
+        refusal = await edge.request(subjects.DETECT_REQUEST, Ping(value=1), context())
+        bug = await edge.request(subjects.DETECT_REQUEST, Ping(value=0), context())
+    assert refusal.reply.error is not None
+    assert refusal.reply.error.code == ErrorCode.FORBIDDEN
+    assert bug.reply.error is not None
+    assert bug.reply.error.code == ErrorCode.INTERNAL
+    assert "secret" not in bug.reply.error.detail + refusal.reply.error.detail
+
+
+async def test_expired_work_is_dropped_before_the_handler(make_bus: MakeBus) -> None:
+    edge, auth = make_bus("edge"), make_bus("auth")
+    seen: list[int] = []
+
+    async def record(message: Ping, _: RequestContext) -> Answer:
+        seen.append(message.value)
+        return Answer(None)
+
+    auth.stage(subjects.DETECT_REQUEST, Ping, record)
+    async with started(edge, auth):
+        await edge.connection.publish(
+            subjects.DETECT_REQUEST, contracts.encode(Ping(value=1)), reply="_INBOX.edge.x.1", headers=context(-1).headers()
+        )
+        await edge.request(subjects.DETECT_REQUEST, Ping(value=2), context())
+    assert seen == [2]
+
+
+async def test_a_full_stage_says_so_at_once(make_bus: MakeBus) -> None:
+    edge, auth = make_bus("edge"), make_bus("auth")
+    both, release = asyncio.Event(), asyncio.Event()
+    waiting: list[Ping] = []
+
+    async def wait(message: Ping, _: RequestContext) -> Answer:
+        waiting.append(message)
+        if len(waiting) == 2:
+            both.set()
+        await release.wait()
+        return Answer(None)
+
+    auth.stage(subjects.DETECT_REQUEST, Ping, wait, max_in_flight=2)
+    async with started(edge, auth):
+        held = [asyncio.create_task(edge.request(subjects.DETECT_REQUEST, Ping(), context())) for _ in range(2)]
+        await asyncio.wait_for(both.wait(), 5)
+        refused = await edge.request(subjects.DETECT_REQUEST, Ping(), context())
+        release.set()
+        answers = await asyncio.gather(*held)
+    assert refused.reply.error is not None
+    assert refused.reply.error.code == ErrorCode.OVERLOADED
+    assert all(answer.reply.error is None for answer in answers)
+
+
+async def test_drain_finishes_everything_that_was_delivered(make_bus: MakeBus) -> None:
+    edge, first, second = make_bus("edge"), make_bus("auth"), make_bus("auth")
+
+    async def slow(message: Ping, _: RequestContext) -> Answer:
+        await asyncio.sleep(0.01)
+        return Answer(message)
+
+    first.stage(subjects.DETECT_REQUEST, Ping, slow)
+    second.stage(subjects.DETECT_REQUEST, Ping, slow)
+    async with started(edge, second):
+        await first.connect()
+        await first.start()
+        asked = [asyncio.create_task(edge.request(subjects.DETECT_REQUEST, Ping(value=i), context())) for i in range(300)]
+        await asyncio.sleep(0)
+        drained = asyncio.create_task(first.drain())
+        more = [asyncio.create_task(edge.request(subjects.DETECT_REQUEST, Ping(value=i), context())) for i in range(300)]
+        await drained
+        answers = await asyncio.gather(*asked, *more)
+    assert all(answer.reply.error is None for answer in answers)
+
+
+async def test_a_message_too_large_is_refused_and_the_connection_lives(make_bus: MakeBus) -> None:
+    edge = make_bus("edge")
+
+    class Blob(Message, frozen=True):
+        data: str
+
+    async with started(edge):
+        with pytest.raises(PortcullisError) as caught:
+            await edge.request(subjects.DETECT_REQUEST, Blob(data="x" * 3_000_000), context())
+        assert caught.value.code == ErrorCode.PAYLOAD_TOO_LARGE
+        assert edge.connected
+
+
+async def test_ping_shows_the_fleet_and_its_health(make_bus: MakeBus) -> None:
+    edge, limiter = make_bus("edge"), make_bus("limiter")
+    limiter.status.set("store.redis", "down")
+    async with started(edge, limiter):
+        answers = await edge.gather("$SRV.PING", None, context(), window_seconds=2, expected=2)
+    found = {ping["name"]: ping["metadata"] for ping in map(msgspec.json.decode, answers)}
+    assert found["portcullis-limiter"]["store.redis"] == "down"
+    assert found["portcullis-edge"]["status"] == "ok"
+
+
+async def test_a_service_can_use_only_its_own_subjects(nats_server: Server, nats_passwords: dict[str, str]) -> None:
+    refused = asyncio.Event()
+
+    async def on_error(error: Exception) -> None:
+        if "permissions violation" in str(error).lower():
+            refused.set()
+
+    client = await nats.connect(
+        nats_server.url, user="fallback_model", password=nats_passwords["fallback_model"], error_cb=on_error
+    )
+    await client.subscribe(subjects.DETECT_REQUEST)
+    await asyncio.wait_for(refused.wait(), 5)
+    await client.close()
+
+
+def test_origin_is_what_is_behind_the_last_stage() -> None:
+    assert origin_of("_INBOX.edge.a.1") == "_INBOX.edge.a.1"
+    assert origin_of("_INBOX.auth.b._INBOX.edge.a.1") == "_INBOX.edge.a.1"
+    assert origin_of("_INBOX.limiter.c._INBOX.edge.a.1") == "_INBOX.edge.a.1"
+    for forged in (None, "", "detect.v1.request", "_INBOX", "_INBOX.>", "_INBOX.a b", "$JS.API.STREAM.DELETE.USAGE"):
+        assert origin_of(forged) is None
