@@ -15,7 +15,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from libs.common.subjects import PERMISSIONS
+from libs.common.subjects import ACCOUNT, CLIENT_DISCONNECTED, PERMISSIONS
 
 HOST = "127.0.0.1"
 POSTGRES_USER = "portcullis"
@@ -77,7 +77,17 @@ def nats(home: Path, port: int, passwords: dict[str, str]) -> Server:
         "server_name": "portcullis",
         "max_payload": MAX_PAYLOAD_BYTES,
         "jetstream": {"store_dir": str(home / "jetstream"), "max_memory_store": 64 * 1024**2, "max_file_store": 4 * 1024**3},
-        "authorization": {"users": users, "timeout": 2},
+        "system_account": "SYS",
+        "accounts": {
+            # The services are told when a connection of theirs ends, and nothing else of the system account.
+            "SYS": {"users": [], "exports": [{"stream": CLIENT_DISCONNECTED}]},
+            ACCOUNT: {
+                "jetstream": "enabled",
+                "users": users,
+                "imports": [{"stream": {"account": "SYS", "subject": CLIENT_DISCONNECTED}}],
+            },
+        },
+        "authorization": {"timeout": 2},
         "ping_interval": "5s",
         "write_deadline": "5s",
     }

@@ -8,6 +8,9 @@ A forward carries a reply subject below the forwarding stage's own inbox, with t
 subscriber, its "no responders" message comes back to the stage that forwarded, which reads the origin off the subject and
 replies with a typed error at once. Nothing is kept in memory for it, and nothing is sent when all is well.
 
+A stage that dies takes the messages that it had in hand with it. The server announces the end of its connection, and whoever
+waits for an answer that may have been there sends the request again, once, if doing it twice does no harm.
+
 FastStream carries the subscriptions. Its handler only admits a message (deadline, bound) and starts a task, because its own
 way of answering is silent about exceptions, undecodable bodies and the messages that it drops while stopping.
 """
@@ -21,6 +24,7 @@ import re
 import secrets
 import ssl
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
@@ -37,10 +41,18 @@ from nats.micro.service import ServiceConfig
 from libs.common import VERSION, micro, telemetry
 from libs.common.clock import Clock, SystemClock
 from libs.common.context import TIMINGS_HEADER, RequestContext, from_headers, parse_timings
-from libs.common.contracts import ErrorBody, FieldError, Message, RateState, Reply, encode, raw
+from libs.common.contracts import ErrorBody, FieldError, InstanceLeft, Message, RateState, Reply, encode, raw
 from libs.common.errors import ErrorCode, PortcullisError
 from libs.common.settings import CommonSettings
-from libs.common.subjects import INBOX_PREFIX, inbox
+from libs.common.subjects import (
+    CLIENT_DISCONNECTED,
+    DEPENDS_ON,
+    EVENT_LEFT,
+    INBOX_PREFIX,
+    connection_name,
+    inbox,
+    service_of,
+)
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +62,8 @@ T = TypeVar("T", bound=Message)
 PING_INTERVAL_SECONDS = 2
 RECONNECT_WAIT_SECONDS = 0.1
 DRAIN_TIMEOUT_SECONDS = 15.0
+RESEND_GRACE_SECONDS = 0.05
+"""How long an answer may still come after a stage's death before the request is sent again."""
 HEADER_RESERVE_BYTES = 1024
 """What the headers of a message may take of the server's `max_payload`."""
 
@@ -82,8 +96,8 @@ class Answer:
 Outcome = Forward | Answer | None
 """None: no answer (a broadcast that does not concern this process)."""
 
-Handler = Callable[[T, RequestContext], Awaitable[Outcome]]
 Hook = Callable[[], Awaitable[None]]
+Handler = Callable[[T, RequestContext], Awaitable[Outcome]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +106,14 @@ class Response:
 
     reply: Reply
     timings: dict[str, float]
+
+
+@dataclass(slots=True)
+class _Pending:
+    """A request without an answer yet. `again` sends it once more; None when that is not allowed (or has been done)."""
+
+    future: asyncio.Future[Msg]
+    again: Callable[[], Awaitable[None]] | None
 
 
 class _Stage(Generic[T]):
@@ -127,7 +149,7 @@ class _Stage(Generic[T]):
         rate: RateState | None = None
         outcome_name = "ok"
         try:
-            context = from_headers(msg.headers or {})
+            context = from_headers(msg.headers or {}, origin)
             telemetry.request_id_var.set(context.request_id)
             remaining = context.remaining_seconds(self._bus.clock.now())
             if remaining <= 0:
@@ -194,7 +216,9 @@ class Bus:
         self._inbox = inbox(service, self.instance)
         self._stages: list[_Stage[Any]] = []
         self._waiting: dict[str, Callable[[Msg], None]] = {}
-        self._failing: dict[str, asyncio.Future[Msg]] = {}
+        self._pending: dict[str, _Pending] = {}
+        self._left: deque[str] = deque(maxlen=256)
+        self._resending: set[asyncio.Task[None]] = set()
         self._sequence = 0
         self._draining = False
         self._micro: micro.MicroService | None = None
@@ -208,7 +232,7 @@ class Bus:
             security = BaseSecurity(ssl_context=tls)
         self.broker = NatsBroker(
             settings.nats_url.split(","),
-            name=f"portcullis-{service}-{self.instance}",
+            name=connection_name(service, self.instance),
             security=security,
             inbox_prefix=f"{self._inbox}-js",
             # For ever, and at once: requests made in the meantime fail instead of being kept and executed later.
@@ -279,6 +303,9 @@ class Bus:
         """Connect; waits for a server that is not there yet."""
         connection = await self.broker.connect()
         await connection.subscribe(f"{self._inbox}.>", cb=self._on_inbox)
+        if self.service in DEPENDS_ON:
+            await connection.subscribe(EVENT_LEFT, cb=self._on_left)
+            await connection.subscribe(CLIENT_DISCONNECTED, cb=self._on_client_disconnected)
 
     async def start(self) -> None:
         """Begin to take messages; everything the handlers need must be there."""
@@ -300,13 +327,16 @@ class Bus:
             if tasks:
                 await asyncio.wait(tasks, timeout=DRAIN_TIMEOUT_SECONDS)
             # A last forward may still be answered "no responders"; that answer is on its way back before this flush returns.
+            await self.publish(EVENT_LEFT, InstanceLeft(service=self.service, instance=self.instance))
             await self._settle()
         await self.broker.stop()
 
     # --- asking ----------------------------------------------------------------------------------------------------------
 
-    async def request(self, subject: str, message: Message, context: RequestContext) -> Response:
+    async def request(self, subject: str, message: Message, context: RequestContext, *, idempotent: bool = False) -> Response:
         """Send `message` and wait for its reply until the context's deadline.
+
+        An `idempotent` request is sent once more when a process that may have had it in hand dies.
 
         Raises `PortcullisError`: STAGE_UNAVAILABLE (no connection, connection lost, `NoRespondersError`), DEADLINE_EXCEEDED,
         PAYLOAD_TOO_LARGE. An error reply is returned, not raised.
@@ -318,24 +348,28 @@ class Bus:
             if not future.done():
                 future.set_result(msg)
 
+        async def send() -> None:
+            await self._publish(subject, payload, reply=f"{self._inbox}.{token}", headers=headers)
+
+        payload, headers = encode(message), context.headers()
         self._waiting[token] = resolve
-        self._failing[token] = future
+        self._pending[token] = _Pending(future, send if idempotent else None)
         try:
-            await self._publish(subject, encode(message), reply=f"{self._inbox}.{token}", headers=context.headers())
+            await send()
             async with asyncio.timeout(context.remaining_seconds(self.clock.now())):
                 msg = await future
         except TimeoutError:
             raise PortcullisError(ErrorCode.DEADLINE_EXCEEDED, internal=f"no answer on {subject}") from None
         finally:
-            del self._waiting[token], self._failing[token]
-        headers = msg.headers or {}
-        if headers.get("Status") == "503":
+            del self._waiting[token], self._pending[token]
+        answered = msg.headers or {}
+        if answered.get("Status") == "503":
             raise NoRespondersError(subject)
         try:
             reply = self._decode_reply(msg.data)
         except msgspec.DecodeError as error:
             raise PortcullisError(ErrorCode.STAGE_UNAVAILABLE, internal=f"bad reply on {subject}: {error}") from error
-        return Response(reply, parse_timings(headers.get(TIMINGS_HEADER)))
+        return Response(reply, parse_timings(answered.get(TIMINGS_HEADER)))
 
     async def gather(
         self, subject: str, message: Message | None, context: RequestContext, *, window_seconds: float, expected: int = 0
@@ -455,6 +489,38 @@ class Bus:
         elif (resolve := self._waiting.get(rest)) is not None:
             resolve(msg)
 
+    async def _on_left(self, msg: Msg) -> None:
+        with contextlib.suppress(msgspec.DecodeError):
+            self._left.append(_decode_left(msg.data).instance)
+
+    async def _on_client_disconnected(self, msg: Msg) -> None:
+        try:
+            departed = service_of(_decode_disconnected(msg.data).client.name)
+        except msgspec.DecodeError:
+            return
+        if departed is None or departed[0] not in DEPENDS_ON[self.service] or departed[1] in self._left:
+            return
+        log.warning("%s %s is gone, with what it had in hand", *departed)
+        tokens = [token for token, pending in self._pending.items() if pending.again is not None]
+        if tokens:
+            task = asyncio.get_running_loop().create_task(self._send_again(tokens))
+            self._resending.add(task)
+            task.add_done_callback(self._resending.discard)
+
+    async def _send_again(self, tokens: list[str]) -> None:
+        await asyncio.sleep(RESEND_GRACE_SECONDS)
+        for token in tokens:
+            pending = self._pending.get(token)
+            if pending is None or pending.again is None or pending.future.done():
+                continue
+            again, pending.again = pending.again, None
+            telemetry.RESENT.inc()
+            try:
+                await again()
+            except PortcullisError as error:
+                if not pending.future.done():
+                    pending.future.set_exception(error)
+
     async def _on_error(self, error: Exception) -> None:
         event = "slow_consumer" if isinstance(error, nats.errors.SlowConsumerError) else "error"
         telemetry.NATS_EVENTS.labels(event).inc()
@@ -464,9 +530,11 @@ class Bus:
         telemetry.NATS_EVENTS.labels("disconnected").inc()
         if not self._draining:
             log.warning("disconnected from NATS")
-        for future in self._failing.values():
-            if not future.done():
-                future.set_exception(PortcullisError(ErrorCode.STAGE_UNAVAILABLE, internal="the NATS connection was lost"))
+        for pending in self._pending.values():
+            if not pending.future.done():
+                pending.future.set_exception(
+                    PortcullisError(ErrorCode.STAGE_UNAVAILABLE, internal="the NATS connection was lost")
+                )
 
     async def _on_reconnected(self) -> None:
         log.info("reconnected to NATS")
@@ -475,6 +543,20 @@ class Bus:
 
     async def _on_closed(self) -> None:
         self.closed.set()
+
+
+class _DisconnectedClient(msgspec.Struct):
+    name: str = ""
+
+
+class _Disconnected(msgspec.Struct):
+    """What we read of the server's io.nats.server.advisory.v1.client_disconnect."""
+
+    client: _DisconnectedClient
+
+
+_decode_disconnected = msgspec.json.Decoder(_Disconnected).decode
+_decode_left = msgspec.json.Decoder(InstanceLeft).decode
 
 
 async def _undecoded(message: NatsMessage) -> NatsMessage:

@@ -29,12 +29,17 @@ def new_traceparent() -> str:
 
 @dataclass(frozen=True, slots=True)
 class RequestContext:
-    """`deadline_ms`: epoch milliseconds. `timings`: milliseconds by stage, in the order of the path."""
+    """`deadline_ms`: epoch milliseconds. `timings`: milliseconds by stage, in the order of the path.
+
+    `attempt_of` is unique per request (unlike the request id, which is the caller's to choose) and the same when it has to be
+    sent again: the key for doing things once. A stage reads it off the origin, so that it needs no header.
+    """
 
     deadline_ms: int
     request_id: str
     traceparent: str
     timings: dict[str, float] = field(default_factory=dict)
+    attempt_of: str = field(default_factory=new_request_id)
 
     def remaining_seconds(self, now: float) -> float:
         """Seconds until the deadline, negative after it. `now`: epoch seconds."""
@@ -63,8 +68,8 @@ def parse_timings(value: str | None) -> dict[str, float]:
     return timings
 
 
-def from_headers(headers: dict[str, str]) -> RequestContext:
-    """The context of an incoming message.
+def from_headers(headers: dict[str, str], origin: str | None = None) -> RequestContext:
+    """The context of an incoming message; `origin` is where its answer goes (see `libs.common.bus`).
 
     Raises `PortcullisError` BAD_REQUEST when the deadline is missing or not a number: a message that could be executed at any
     later time is worse than one refused. A missing or insane id or trace is replaced.
@@ -80,4 +85,5 @@ def from_headers(headers: dict[str, str]) -> RequestContext:
         request_id=request_id if REQUEST_ID_PATTERN.fullmatch(request_id) else new_request_id(),
         traceparent=traceparent if TRACEPARENT_PATTERN.fullmatch(traceparent) else new_traceparent(),
         timings=parse_timings(headers.get(TIMINGS_HEADER)),
+        attempt_of=origin or new_request_id(),
     )

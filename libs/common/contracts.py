@@ -332,6 +332,16 @@ class BreakerChanged(Message, frozen=True):
     reason: str
 
 
+# --- processes -----------------------------------------------------------------------------------------------------------
+
+
+class InstanceLeft(Message, frozen=True):
+    """A process that has finished everything it had in hand is about to disconnect."""
+
+    service: str
+    instance: str
+
+
 # --- usage ---------------------------------------------------------------------------------------------------------------
 
 

@@ -35,6 +35,13 @@ BREAKERS_RESET = "breakers.v1.reset"
 EVENT_KEY_CHANGED = "events.v1.key.changed"
 EVENT_BREAKER_CHANGED = "events.v1.breaker.changed"
 
+# A process that has drained says so before it goes; whoever disappears without a word has died with work in hand.
+EVENT_LEFT = "events.v1.instance.left"
+# The NATS account of all services, and the server's own word that a connection of it has ended (imported from the system
+# account, see infra/embedded/servers.py).
+ACCOUNT = "PORTCULLIS"
+CLIENT_DISCONNECTED = f"$SYS.ACCOUNT.{ACCOUNT}.DISCONNECT"
+
 # Usage, kept by JetStream until auth has written it to PostgreSQL.
 USAGE_RECORDED = "usage.v1.recorded"
 USAGE_STREAM = "USAGE"
@@ -42,6 +49,24 @@ USAGE_STREAM = "USAGE"
 DEFAULT_POOL = "fallback"
 
 SERVICES = ("edge", "auth", "limiter", "detector_proxy", "fallback_model")
+
+
+# Whose death concerns the requests that a service has pending: the stages that may have had them in hand.
+DEPENDS_ON: dict[str, frozenset[str]] = {
+    "edge": frozenset({"auth", "limiter", "detector_proxy"}),
+    "detector_proxy": frozenset({"fallback_model"}),
+}
+
+
+def connection_name(service: str, instance: str) -> str:
+    """How a process's NATS connection is called; `service_of` reads it back."""
+    return f"portcullis:{service}:{instance}"
+
+
+def service_of(connection: str) -> tuple[str, str] | None:
+    """(service, instance) of a connection name, or None when it is not one of ours."""
+    parts = connection.split(":")
+    return (parts[1], parts[2]) if len(parts) == 3 and parts[0] == "portcullis" else None
 
 
 def model_pool(pool: str) -> str:
@@ -65,8 +90,13 @@ class Permissions:
 def _service(name: str, publish: tuple[str, ...], subscribe: tuple[str, ...]) -> Permissions:
     # Replies go to inboxes that cannot be guessed (instance and token); only a service's own can be read.
     return Permissions(
-        publish=(f"{INBOX_PREFIX}.>", *publish),
-        subscribe=(f"{INBOX_PREFIX}.{name}.>", "$SRV.>", *subscribe),
+        publish=(f"{INBOX_PREFIX}.>", EVENT_LEFT, *publish),
+        subscribe=(
+            f"{INBOX_PREFIX}.{name}.>",
+            "$SRV.>",
+            *((EVENT_LEFT, CLIENT_DISCONNECTED) if name in DEPENDS_ON else ()),
+            *subscribe,
+        ),
     )
 
 

@@ -28,6 +28,7 @@ STAGE_IN_FLIGHT = Gauge("portcullis_stage_in_flight", "Messages that a stage is 
 NATS_EVENTS = Counter(
     "portcullis_nats_events_total", "Trouble on the NATS connection: disconnected, slow_consumer, error.", ["event"]
 )
+RESENT = Counter("portcullis_requests_resent_total", "Requests sent again because a process that may have had them died.")
 
 
 class _JsonFormatter(logging.Formatter):

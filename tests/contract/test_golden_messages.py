@@ -127,6 +127,7 @@ EXAMPLES: list[c.Message] = [
         at="2026-02-03T04:05:06Z",
         reason="5 consecutive failures",
     ),
+    c.InstanceLeft(service="auth", instance="0a1b2c3d4e5f6071"),
     c.UsageRecorded(key_id="a1B2c3D4e5F6", at_ms=1_770_091_506_000, requests=1, malicious=1, failed=0),
     c.FieldError(field="text", message="must not be empty"),
     c.ErrorBody(

@@ -19,6 +19,7 @@ from libs.common.context import RequestContext, new_request_id, new_traceparent
 from libs.common.contracts import Message
 from libs.common.errors import ErrorCode, PortcullisError
 from libs.common.settings import CommonSettings
+from tests.conftest import OPERATOR
 
 MakeBus = Callable[[str], Bus]
 
@@ -188,6 +189,71 @@ async def test_drain_finishes_everything_that_was_delivered(make_bus: MakeBus) -
         await drained
         answers = await asyncio.gather(*asked, *more)
     assert all(answer.reply.error is None for answer in answers)
+
+
+async def test_what_a_dead_stage_had_in_hand_is_sent_again(make_bus: MakeBus) -> None:
+    edge, first, second = make_bus("edge"), make_bus("auth"), make_bus("auth")
+    taken: asyncio.Queue[str] = asyncio.Queue()
+
+    async def never(_: Ping, request: RequestContext) -> Answer:
+        taken.put_nowait(request.attempt_of)
+        await asyncio.Event().wait()
+        return Answer(None)
+
+    async def answer(message: Ping, request: RequestContext) -> Answer:
+        taken.put_nowait(request.attempt_of)
+        return Answer(message)
+
+    first.stage(subjects.DETECT_REQUEST, Ping, never)
+    second.stage(subjects.DETECT_REQUEST, Ping, answer)
+    await first.connect()
+    await first.start()
+    async with started(edge):
+        once = asyncio.create_task(edge.request(subjects.DETECT_REQUEST, Ping(value=1), context(3)))
+        twice = asyncio.create_task(edge.request(subjects.DETECT_REQUEST, Ping(value=2), context(30), idempotent=True))
+        seen = {await taken.get(), await taken.get()}
+        async with started(second):
+            transport = first.connection._transport
+            assert transport is not None
+            first.connection.options["allow_reconnect"] = False
+            transport.close()  # type: ignore[no-untyped-call]  # as the kernel does for a process that is killed
+            response = await twice
+            assert response.reply.result == contracts.raw(Ping(value=2))
+            assert await taken.get() in seen  # the same attempt_of: whoever does things once can tell
+            with pytest.raises(PortcullisError) as caught:
+                await once  # not idempotent: never sent again
+            assert caught.value.code == ErrorCode.DEADLINE_EXCEEDED
+
+
+async def test_a_stage_that_drained_causes_no_second_sending(
+    make_bus: MakeBus, nats_server: Server, nats_passwords: dict[str, str]
+) -> None:
+    edge, first, second = make_bus("edge"), make_bus("auth"), make_bus("auth")
+    taken: list[int] = []
+    release = asyncio.Event()
+
+    async def hold(message: Ping, _: RequestContext) -> Answer:
+        taken.append(message.value)
+        await release.wait()
+        return Answer(message)
+
+    second.stage(subjects.DETECT_REQUEST, Ping, hold)
+    operator = await nats.connect(nats_server.url, user=OPERATOR, password=nats_passwords[OPERATOR])
+    gone = await operator.subscribe(subjects.CLIENT_DISCONNECTED)
+    await operator.flush()
+    async with started(edge, second):
+        await first.connect()
+        await first.start()
+        asked = asyncio.create_task(edge.request(subjects.DETECT_REQUEST, Ping(value=7), context(), idempotent=True))
+        await first.drain()
+        while first.instance.encode() not in (await gone.next_msg(5)).data:
+            pass
+        await edge.gather("$SRV.PING", None, context(), window_seconds=5, expected=1)  # what came before it has been read
+        assert not edge._resending
+        release.set()
+        await asked
+    assert taken == [7]
+    await operator.close()
 
 
 async def test_a_message_too_large_is_refused_and_the_connection_lives(make_bus: MakeBus) -> None:
