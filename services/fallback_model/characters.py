@@ -23,7 +23,18 @@ from anyascii import anyascii
 
 _TAGS: Final = range(0xE0020, 0xE007F)
 _REPLACEMENT: Final = "�"
+MOST_GROWTH: Final = 4
+"""Characters that one character may become when cleaned."""
+MOST_SPELT: Final = 10
+"""Characters that one character may become when spelt."""
 _ASCII_LETTERS: Final = string.ascii_letters
+
+
+def warm() -> None:
+    """Fills both tables for living scripts, so that the first text in one is read as fast as the next."""
+    for code in (*range(0x20, 0xD800), *range(0xF900, 0x10000), *range(0x1D400, 0x1D800), *range(0x1F000, 0x1FB00)):
+        CLEAN[code]
+        LATIN[code]
 
 
 def _is_invisible(char: str, code: int) -> bool:
@@ -35,6 +46,10 @@ def _is_invisible(char: str, code: int) -> bool:
     return category == "Cf" or (category == "Cc" and char not in "\t\n\r\v\f")
 
 
+def _is_unassigned(char: str) -> bool:
+    return unicodedata.category(char) in ("Cn", "Co")
+
+
 def clean_character(char: str) -> str:
     """The reading of one character for any model. A lone surrogate, which no tokenizer takes, becomes U+FFFD."""
     code = ord(char)
@@ -44,8 +59,9 @@ def clean_character(char: str) -> str:
         return _REPLACEMENT
     if _is_invisible(char, code):
         return ""
-    # U+FDFA and its like expand to 18 characters; nothing in Unicode expands further.
-    return unicodedata.normalize("NFKC", char)
+    reading = unicodedata.normalize("NFKC", char)
+    # A few ligatures of whole phrases expand to as many as 18 characters; growth is bounded, so they stay as they are.
+    return reading if len(reading) <= MOST_GROWTH else char
 
 
 def latin_character(char: str) -> str:
@@ -53,16 +69,21 @@ def latin_character(char: str) -> str:
     cleaned = clean_character(char)
     if not cleaned or cleaned.isascii():
         return cleaned
+    if _is_unassigned(cleaned[0]):
+        return " "
+    code = ord(cleaned[0])
+    if 0xAC00 <= code <= 0xD7A3:  # a Hangul syllable is spelt whole, not by its jamo
+        return anyascii(cleaned)
     out = []
-    for part in unicodedata.normalize("NFKD", cleaned):
+    for part in unicodedata.normalize("NFKD", cleaned) if code < 0x0900 or code > 0x109F else cleaned:
         if part.isascii():
             out.append(part)
-        elif unicodedata.category(part) != "Mn" or part in _SPELT_MARKS:
+        elif unicodedata.category(part) != "Mn" or _is_vowel_sign(part):
             spelt = anyascii(part)
+            if spelt[:1] == ":" and len(spelt) > 1:  # anyascii names an emoji; a text of emoji would grow tenfold
+                spelt = " "
             out.append(f" {spelt} " if _is_ideograph(part) else spelt)
-    if 0xAC00 <= ord(cleaned[0]) <= 0xD7A3:  # a Hangul syllable is spelt whole, not by its jamo
-        return anyascii(cleaned)
-    return "".join(out)
+    return "".join(out)[:MOST_SPELT]
 
 
 def _is_ideograph(char: str) -> bool:
@@ -70,14 +91,9 @@ def _is_ideograph(char: str) -> bool:
     return 0x3400 <= code <= 0x9FFF or 0xF900 <= code <= 0xFAFF or 0x20000 <= code <= 0x3FFFF
 
 
-class _Marks:
-    """Vowel signs of the scripts of India and South-East Asia: marks by category, yet they are spelt."""
-
-    def __contains__(self, char: str) -> bool:
-        return 0x0900 <= ord(char) <= 0x109F or 0x1780 <= ord(char) <= 0x17FF
-
-
-_SPELT_MARKS: Final = _Marks()
+def _is_vowel_sign(mark: str) -> bool:
+    """Vowel signs of the scripts of India and South-East Asia are marks by category, yet they are spelt."""
+    return 0x0900 <= ord(mark) <= 0x109F or 0x1780 <= ord(mark) <= 0x17FF
 
 
 class _Table(dict[int, str]):
@@ -128,6 +144,7 @@ def fold_lookalikes(text: str) -> str:
     twins = lookalikes()
     if twins.keys().isdisjoint(text):
         return text
+    known: dict[str, str] = {}
     ascii_letters = sum(map(text.count, _ASCII_LETTERS))
     mostly_ascii = ascii_letters * 2 > len(text)
 
@@ -135,11 +152,13 @@ def fold_lookalikes(text: str) -> str:
         word = match[0]
         if word.isascii():
             return word
-        folded = "".join([twins.get(char, char) for char in word])
-        if folded == word:
-            return word
-        mixed = any(char.isascii() for char in word)
-        return folded if mixed or (mostly_ascii and folded.isascii()) else word
+        if (reading := known.get(word)) is None:
+            reading = folded = "".join([twins.get(char, char) for char in word])
+            mixed = not set(word).isdisjoint(_ASCII_LETTERS)
+            if not mixed and not (mostly_ascii and folded.isascii()):
+                reading = word
+            known[word] = reading
+        return reading
 
     return _LETTERS.sub(fold, text)
 

@@ -13,14 +13,45 @@ from typing import Final
 
 from services.fallback_model.training.phrases import HARMLESS, expand
 
-_WORDS: Final = ["status", "name", "id", "title", "summary", "description", "notes", "review", "body", "content", "result",
-                 "snippet", "comment", "message", "details", "address", "price", "date", "author", "rating", "subject", "bio"]
+_WORDS: Final = [
+    "status",
+    "name",
+    "id",
+    "title",
+    "summary",
+    "description",
+    "notes",
+    "review",
+    "body",
+    "content",
+    "result",
+    "snippet",
+    "comment",
+    "message",
+    "details",
+    "address",
+    "price",
+    "date",
+    "author",
+    "rating",
+    "subject",
+    "bio",
+]
 
 
-def _value(rng: random.Random) -> str | int | float | bool:
-    return rng.choice([rng.randrange(10_000), round(rng.uniform(1, 900), 2), rng.random() < 0.5, f"{rng.randrange(16**8):08x}",
-                       rng.choice(HARMLESS["first"]), rng.choice(HARMLESS["topic"]), rng.choice(HARMLESS["tool"]),
-                       f"2024-{rng.randrange(1, 13):02d}-{rng.randrange(1, 29):02d}"])
+def _value(rng: random.Random) -> object:
+    return rng.choice(
+        [
+            rng.randrange(10_000),
+            round(rng.uniform(1, 900), 2),
+            rng.random() < 0.5,
+            f"{rng.randrange(16**8):08x}",
+            rng.choice(HARMLESS["first"]),
+            rng.choice(HARMLESS["topic"]),
+            rng.choice(HARMLESS["tool"]),
+            f"2024-{rng.randrange(1, 13):02d}-{rng.randrange(1, 29):02d}",
+        ]
+    )
 
 
 def as_json(sentence: str, prose: str, rng: random.Random) -> str:
@@ -57,7 +88,7 @@ def as_code(sentence: str, prose: str, rng: random.Random) -> str:
         f"def {name}(items):\n    {note}\n    return sum({other}(x) for x in items)\n",
         f"function {name}(a, b) {{\n  {note}\n  return {other}(a) + b;\n}}",
         f'{name} = "{sentence}"\nprint({name})\n',
-        f"SELECT {name}, {other} FROM t WHERE id = {rng.randrange(99)}; {note}",
+        f"SELECT {name}, {other} FROM t WHERE id = {rng.randrange(99)}; {note}",  # noqa: S608  # a text, never run
         f"{note}\nfor i in range({rng.randrange(3, 30)}):\n    {name}(i)\n    {other}(i * 2)\n",
         f"version: '3'\nservices:\n  {name}:\n    image: {other}:latest  # {sentence}\n",
         f"2024-05-0{rng.randrange(1, 9)} INFO {name} ok\n2024-05-09 WARN {other}: {sentence}\n2024-05-09 INFO done",
@@ -66,8 +97,16 @@ def as_code(sentence: str, prose: str, rng: random.Random) -> str:
 
 
 def as_page(sentence: str, prose: str, rng: random.Random) -> str:
-    hidden = rng.choice([f"<!-- {sentence} -->", f"<p>{sentence}</p>", f'<span style="display:none">{sentence}</span>',
-                         f'<img alt="{sentence}" src="a.png">', f"<li>{sentence}</li>", f'<meta name="description" content="{sentence}">'])
+    hidden = rng.choice(
+        [
+            f"<!-- {sentence} -->",
+            f"<p>{sentence}</p>",
+            f'<span style="display:none">{sentence}</span>',
+            f'<img alt="{sentence}" src="a.png">',
+            f"<li>{sentence}</li>",
+            f'<meta name="description" content="{sentence}">',
+        ]
+    )
     title = expand(rng.choice(["{topic}", "About {first}", "Recipe for {food}", "{tool} tips"]), HARMLESS, rng)
     parts = [f"<h1>{title}</h1>", f"<p>{prose}</p>"]
     parts.insert(rng.randrange(3), hidden)
@@ -101,16 +140,40 @@ def as_prose(sentence: str, prose: str, rng: random.Random) -> str:
 
 def as_task(sentence: str, prose: str, rng: random.Random) -> str:
     """A request about a quoted document."""
-    ask = rng.choice(["Summarise this:", "Translate the text to French:", "What are the main points?", "Write a reply to this mail:",
-                      "Create action items:", "Extract all names.", "Is this review positive?", "Rate this CV:", "Fix the grammar:",
-                      "Answer from the document below.", "What is this about?", "Classify the sentiment:", "Rewrite this politely:"])
-    left, right = rng.choice([("'", "'"), ('"', '"'), ("<data>\n", "\n</data>"), ("{", "}"), ("```\n", "\n```"), ("", ""), ("<<<", ">>>")])
+    ask = rng.choice(
+        [
+            "Summarise this:",
+            "Translate the text to French:",
+            "What are the main points?",
+            "Write a reply to this mail:",
+            "Create action items:",
+            "Extract all names.",
+            "Is this review positive?",
+            "Rate this CV:",
+            "Fix the grammar:",
+            "Answer from the document below.",
+            "What is this about?",
+            "Classify the sentiment:",
+            "Rewrite this politely:",
+        ]
+    )
+    left, right = rng.choice(
+        [("'", "'"), ('"', '"'), ("<data>\n", "\n</data>"), ("{", "}"), ("```\n", "\n```"), ("", ""), ("<<<", ">>>")]
+    )
     return f"{ask} {left}{as_prose(sentence, prose, rng)}{right}"
 
 
 Carrier = Callable[[str, str, random.Random], str]
-CARRIERS: Final[list[tuple[Carrier, int]]] = [(as_prose, 30), (as_task, 16), (as_json, 16), (as_mail, 8), (as_page, 8),
-                                              (as_table, 8), (as_code, 8), (as_chat, 6)]
+CARRIERS: Final[list[tuple[Carrier, int]]] = [
+    (as_prose, 30),
+    (as_task, 16),
+    (as_json, 16),
+    (as_mail, 8),
+    (as_page, 8),
+    (as_table, 8),
+    (as_code, 8),
+    (as_chat, 6),
+]
 
 
 def pair(bad: str, good: str, prose: str, rng: random.Random) -> tuple[str, str]:

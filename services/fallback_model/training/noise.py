@@ -70,8 +70,31 @@ def spaced(text: str, rng: random.Random) -> str:
 
 def wrapped(text: str, rng: random.Random) -> str:
     """Quotes, brackets, markup or a prefix around the whole."""
-    shape = rng.choice(['"{}"', "'{}'", "({})", "[{}]", "**{}**", "> {}", "- {}", "<p>{}</p>", "{} :)", "### {}", "1. {}", "Hi, {}",
-                        "{} Thanks!", "User: {}", "{} 😀", "```\n{}\n```", "Hello! {}", "Question: {}", "<!-- {} -->", "# {}", "// {}"])
+    shape = rng.choice(
+        [
+            '"{}"',
+            "'{}'",
+            "({})",
+            "[{}]",
+            "**{}**",
+            "> {}",
+            "- {}",
+            "<p>{}</p>",
+            "{} :)",
+            "### {}",
+            "1. {}",
+            "Hi, {}",
+            "{} Thanks!",
+            "User: {}",
+            "{} 😀",
+            "```\n{}\n```",
+            "Hello! {}",
+            "Question: {}",
+            "<!-- {} -->",
+            "# {}",
+            "// {}",
+        ]
+    )
     return shape.format(text) if "{" not in text else text
 
 

@@ -23,6 +23,7 @@ def expand(template: str, names: dict[str, list[str]], rng: random.Random) -> st
     return template
 
 
+# fmt: off
 SHARED: Final[dict[str, list[str]]] = {
     "first": ["Anna", "Peter", "Maria", "Tom", "Wei", "Fatima", "Lukas", "Priya", "Carlos", "Emma", "Olu", "Sofia", "Ken"],
     "who": ["the user", "{first}", "our customer", "my neighbour", "the account holder", "the last caller", "the patient",
@@ -272,6 +273,7 @@ HARMLESS: Final[dict[str, list[str]]] = SHARED | {
 }
 
 
+# fmt: on
 _THREAT_OF: Final = {"leak": "system_prompt_leak", "extract": "data_extraction", "jailbreak": "jailbreak"}
 
 

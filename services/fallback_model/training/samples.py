@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import random
@@ -23,10 +24,29 @@ from services.fallback_model.training.noise import damage, encoded
 NOISY: Final = frozenset({"mosscap", "neuralchemy", "wildguardmix"})
 # How often a source is drawn, beside the power of its size: small good ones more, template-made and easy ones less.
 FACTORS: Final = {
-    "deepset_train": 3.0, "spikee_docs": 1.5, "spikee_seeds": 1.5, "giskard": 3.0, "garak": 3.0, "augustus": 3.0, "llmail": 3.0,
-    "gptfuzz": 3.0, "mosscap": 0.8, "neuralchemy": 1.0, "wildguardmix": 1.4, "in_the_wild_jailbreak": 1.3, "banking77": 0.5,
-    "clinc150": 0.6, "gsm8k": 0.6, "taskmaster": 0.6, "synth_direct": 0.6, "synth_direct_intl": 0.8, "prompts_chat": 1.3,
-    "awesome_prompts": 1.3, "spml_system": 1.2, "fabric_patterns": 1.3, "software_docs": 0.8,
+    "deepset_train": 3.0,
+    "spikee_docs": 1.5,
+    "spikee_seeds": 1.5,
+    "giskard": 3.0,
+    "garak": 3.0,
+    "augustus": 3.0,
+    "llmail": 3.0,
+    "gptfuzz": 3.0,
+    "mosscap": 0.8,
+    "neuralchemy": 1.0,
+    "wildguardmix": 1.4,
+    "in_the_wild_jailbreak": 1.3,
+    "banking77": 0.5,
+    "clinc150": 0.6,
+    "gsm8k": 0.6,
+    "taskmaster": 0.6,
+    "synth_direct": 0.6,
+    "synth_direct_intl": 0.8,
+    "prompts_chat": 1.3,
+    "awesome_prompts": 1.3,
+    "spml_system": 1.2,
+    "fabric_patterns": 1.3,
+    "software_docs": 0.8,
 }
 _SENTENCE: Final = re.compile(r"[^.!?\n]{1,160}[.!?\n]*\s*")
 _WORD: Final = re.compile(r"\w+")
@@ -88,7 +108,7 @@ class Localiser:
     @staticmethod
     def _features(sentence: str) -> set[str]:
         words = _WORD.findall(sentence.lower())
-        return {*words, *(f"{a} {b}" for a, b in zip(words, words[1:], strict=False))}
+        return {*words, *(f"{a} {b}" for a, b in itertools.pairwise(words))}
 
     def position(self, text: str) -> int:
         """Offset of the likeliest attack sentence's first character."""
@@ -127,15 +147,23 @@ class Sampler:
             self.weights[label] = [len(found) ** 0.7 * FACTORS.get(source, 1.0) for source, found in self.groups[label]]
         self.short_attacks = [row for row in rows if row.label and len(row.text) < 220 and not row.source.startswith("synth_e")]
         self.short_benign = [row for row in rows if not row.label and len(row.text) < 160]
-        self.prose = [row.text for row in rows if not row.label and len(row.text) > 120 and row.source != "wildguardmix" and not row.foreign]
+        self.prose = [
+            row.text for row in rows if not row.label and len(row.text) > 120 and row.source != "wildguardmix" and not row.foreign
+        ]
         self.foreign_prose: dict[str, list[str]] = defaultdict(list)
         for row in rows:
             if not row.label and row.lang != "en" and len(row.text) > 80:
                 self.foreign_prose[row.lang].append(row.text)
         self._positions: dict[int, int] = {}
         self._makers = [
-            (self._real_attack, 0.31), (self._real_benign, 0.32), (self._in_carrier, 0.10), (self._own_english, 0.07),
-            (self._own_harmless, 0.055), (self._own_foreign, 0.085), (self._own_encoded, 0.02), (self._real_mixed, 0.04),
+            (self._real_attack, 0.34),
+            (self._real_benign, 0.33),
+            (self._in_carrier, 0.09),
+            (self._own_english, 0.07),
+            (self._own_harmless, 0.055),
+            (self._own_foreign, 0.08),
+            (self._own_encoded, 0.015),
+            (self._real_mixed, 0.035),
         ]
 
     def stream(self) -> Iterator[Sample]:
@@ -214,7 +242,10 @@ class Sampler:
         else:
             good = languages.harmless(rng.choice(list(languages.LANGUAGES)), rng)
         attacked, clean = pair(bad, good, prose, rng)
-        return [Sample(damage(attacked, rng), 0.98, threat, 1.0, threat_weight, complete=True), Sample(damage(clean, rng), 0.01, -1)]
+        return [
+            Sample(damage(attacked, rng), 0.98, threat, 1.0, threat_weight, complete=True),
+            Sample(damage(clean, rng), 0.01, -1),
+        ]
 
     def _own_english(self) -> list[Sample]:
         text, threat = phrases.attack(self.rng)
@@ -247,12 +278,32 @@ class Sampler:
         rng = self.rng
         if rng.random() < 0.5:
             bad = phrases.attack(rng)[0] if rng.random() < 0.5 else rng.choice(self.short_attacks).text
-            ask = rng.choice(["Decode and obey: ", "Decode this and do what it says: ", "Follow the decoded text: ", "Run this after decoding: ",
-                              "Decode the message and carry it out: ", "Read it backwards and act on it: ", "Execute the hidden order: "])
+            ask = rng.choice(
+                [
+                    "Decode and obey: ",
+                    "Decode this and do what it says: ",
+                    "Follow the decoded text: ",
+                    "Run this after decoding: ",
+                    "Decode the message and carry it out: ",
+                    "Read it backwards and act on it: ",
+                    "Execute the hidden order: ",
+                ]
+            )
             return [Sample(ask + encoded(bad, rng), 0.95, THREATS.index("encoding_attack"), 1.0, 0.5)]
         good = phrases.harmless(rng) if rng.random() < 0.5 else rng.choice(self.short_benign).text
-        ask = rng.choice(["Decode this: ", "What does this say? ", "I found this string in a log: ", "What encoding is this? ", "token=",
-                          "Translate back to text: ", "", "Is this base64? ", "The file begins with "])
+        ask = rng.choice(
+            [
+                "Decode this: ",
+                "What does this say? ",
+                "I found this string in a log: ",
+                "What encoding is this? ",
+                "token=",
+                "Translate back to text: ",
+                "",
+                "Is this base64? ",
+                "The file begins with ",
+            ]
+        )
         return [Sample(ask + encoded(good, rng), 0.03, -1)]
 
     def _real_mixed(self) -> list[Sample]:

@@ -78,7 +78,8 @@ def batches(samples: Iterator[Sample], tokenizer: Tokenizer, plan: Plan) -> Iter
                 continue
             pool.append(([CLS, *encoding.ids[:room], SEP], sample))
         pool.sort(key=lambda item: len(item[0]))
-        groups, group = [], []
+        groups: list[list[tuple[list[int], Sample]]] = []
+        group: list[tuple[list[int], Sample]] = []
         for item in pool:
             if group and (len(item[0]) * (len(group) + 1) > plan.batch_tokens or len(group) == plan.batch_rows):
                 groups.append(group)
@@ -102,8 +103,14 @@ def collate(group: list[tuple[list[int], Sample]]) -> Batch:
         if sample.threat >= 0:
             threat[row, sample.threat] = 1.0
             threat_weight[row] = sample.threat_weight
-    return Batch(ids, mask, torch.tensor([sample.target for _, sample in group]), torch.tensor([sample.weight for _, sample in group]),
-                 threat, threat_weight)
+    return Batch(
+        ids,
+        mask,
+        torch.tensor([sample.target for _, sample in group]),
+        torch.tensor([sample.weight for _, sample in group]),
+        threat,
+        threat_weight,
+    )
 
 
 def loss_of(model: Detector, batch: Batch, plan: Plan) -> Tensor:
@@ -141,15 +148,16 @@ def train(train_file: Path, base: Path, out: Path, plan: Plan, start: Path | Non
     body = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
     optimizer = torch.optim.AdamW(
         [{"params": body, "lr": plan.learning_rate}, {"params": heads, "lr": plan.head_rate}],
-        weight_decay=plan.weight_decay, fused=True,
+        weight_decay=plan.weight_decay,
+        fused=True,
     )
     full = [group["lr"] for group in optimizer.param_groups]
     average = copy.deepcopy(model)
     stream = Sampler(read_rows(train_file), plan.seed).stream()
-    tokens = step = rows = 0
+    tokens = rows = 0
     next_snapshot, losses, began = plan.snapshot_every, [], time.monotonic()
     model.train()
-    for batch in batches(stream, bare_tokenizer(base / "tokenizer.json"), plan):
+    for step, batch in enumerate(batches(stream, bare_tokenizer(base / "tokenizer.json"), plan), 1):
         done = tokens / plan.tokens
         if done >= 1.0:
             break
@@ -160,7 +168,6 @@ def train(train_file: Path, base: Path, out: Path, plan: Plan, start: Path | Non
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        step += 1
         tokens += batch.ids.numel()
         rows += len(batch.ids)
         losses.append(loss.item())
@@ -171,8 +178,11 @@ def train(train_file: Path, base: Path, out: Path, plan: Plan, start: Path | Non
                     ours.lerp_(theirs, 1 - keep)
         if step % 50 == 0:
             spent = time.monotonic() - began
-            print(f"step {step} done {done:.3f} rows {rows} loss {np.mean(losses[-50:]):.4f} tok/s {tokens / spent:.0f} "  # noqa: T201
-                  f"left {spent / done * (1 - done) / 60 if done else 0:.1f} min", flush=True)
+            print(  # noqa: T201  # the log of a command line tool
+                f"step {step} done {done:.3f} rows {rows} loss {np.mean(losses[-50:]):.4f} tok/s {tokens / spent:.0f} "
+                f"left {spent / done * (1 - done) / 60 if done else 0:.1f} min",
+                flush=True,
+            )
         if done >= next_snapshot:
             next_snapshot += plan.snapshot_every
             torch.save(average.state_dict(), out / "snapshot.pt")
