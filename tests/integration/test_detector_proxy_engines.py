@@ -294,8 +294,8 @@ async def test_json_by_any_of_its_names_is_read(kind: str, content_type: str | N
 # --- what is refused -----------------------------------------------------------------------------------------------------
 
 
-async def hang(_: asyncio.StreamWriter) -> None:
-    await asyncio.sleep(60)
+async def hang(writer: asyncio.StreamWriter) -> None:
+    await writer.wait_closed()  # until the caller gives up
 
 
 async def hang_up(writer: asyncio.StreamWriter) -> None:
