@@ -149,7 +149,7 @@ class _Stage(Generic[T]):
         rate: RateState | None = None
         outcome_name = "ok"
         try:
-            context = from_headers(msg.headers or {})
+            context = from_headers(msg.headers or {}, origin)
             telemetry.request_id_var.set(context.request_id)
             remaining = context.remaining_seconds(self._bus.clock.now())
             if remaining <= 0:
