@@ -97,7 +97,7 @@ _HEADERS = {
 
 def document() -> dict[str, Any]:
     """The AsyncAPI document, as JSON has it."""
-    names = [kind.__name__ for kind in (*_kinds(), contracts.Reply)]
+    names = [*(kind.__name__ for kind in _kinds()), contracts.Reply.__name__]
     return {
         "asyncapi": "3.0.0",
         "info": {
