@@ -88,8 +88,8 @@ class ProfileAnswer(Struct, frozen=True, kw_only=True):
     rate_limit_per_day: int
     requests_this_minute: int | None
     requests_today: int | None
-    remaining_minute: int | None
-    remaining_day: int | None
+    remaining_this_minute: int | None
+    remaining_today: int | None
     total_requests: int
     malicious_detections: int
     days: tuple[DayUsage, ...]

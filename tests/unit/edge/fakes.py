@@ -45,7 +45,7 @@ RECORD = contracts.KeyRecord(
 ISSUED = contracts.IssuedKey(api_key=KEY, record=RECORD)
 BREAKER = contracts.BreakerStatus(name="primary", state="closed", replica="one", failures=0, successes=5)
 REPORT = contracts.BreakerReport(replica="one", breakers=(BREAKER,))
-HEALTHY = (
+HEALTHY: tuple[tuple[str, dict[str, str]], ...] = (
     ("edge", {}),
     ("auth", {micro.STORE_POSTGRES: "up"}),
     ("limiter", {micro.STORE_REDIS: "up"}),
@@ -120,9 +120,11 @@ class FakeStages:
             subjects.BREAKERS_LIST: [contracts.encode(Reply(result=raw(REPORT)))],
             subjects.BREAKERS_RESET_REQUEST: [contracts.encode(Reply(result=raw(REPORT)))],
         }
+        self.repeatable: dict[str, bool] = {}
         self.expected: list[tuple[str, int]] = []
 
-    async def request(self, subject: str, message: Message, context: RequestContext) -> Answered:
+    async def request(self, subject: str, message: Message, context: RequestContext, *, idempotent: bool = False) -> Answered:
+        self.repeatable[subject] = idempotent
         self.asked.append((subject, message, context))
         behaviour = self.behaviours.get(subject, PortcullisError(ErrorCode.STAGE_UNAVAILABLE))
         if isinstance(behaviour, PortcullisError):

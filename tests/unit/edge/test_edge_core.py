@@ -127,10 +127,13 @@ def test_no_bytes_lead_to_anything_but_a_body_or_a_typed_refusal(data: bytes) ->
     try:
         core.decode_json(data, DETECT)
     except PortcullisError as error:
-        assert error.kind.status in (400, 422)
+        status = error.kind.status
+    else:
+        status = 200
+    assert status in (200, 400, 422)
 
 
-@given(st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=200))
+@given(st.text(st.characters(codec="utf-8"), min_size=1, max_size=200))
 @settings(max_examples=200, deadline=None)
 def test_every_text_arrives_as_it_was_sent(text: str) -> None:
     assert core.decode_json(msgspec.json.encode({"text": text}), DETECT).text == text

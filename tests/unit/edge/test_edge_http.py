@@ -312,12 +312,12 @@ class SlowStages(FakeStages):
         self.changed = asyncio.Condition()
         self.release = asyncio.Event()
 
-    async def request(self, *arguments: Any) -> Any:
+    async def request(self, *arguments: Any, **options: Any) -> Any:
         async with self.changed:
             self.waiting += 1
             self.changed.notify_all()
         await self.release.wait()
-        return await super().request(*arguments)
+        return await super().request(*arguments, **options)
 
     async def until_waiting(self, count: int) -> None:
         async with self.changed:
@@ -347,7 +347,7 @@ async def test_bodies_are_bounded_in_all_and_given_back(stages: FakeStages) -> N
     gate = gate_of(stages, edge_max_buffered_bytes=4096)
     async with client_of(gate) as client:
         held = asyncio.create_task(client.post("/v1/detect", content=half(), headers=KEYED))
-        while not (response := await client.post("/v1/detect", content=b" " * 2000, headers=KEYED)).status_code == 429:
+        while (response := await client.post("/v1/detect", content=b" " * 2000, headers=KEYED)).status_code != 429:
             await asyncio.sleep(0)
         assert_problem(response, 429, "overloaded")
         release.set()
@@ -397,9 +397,9 @@ async def test_profile(client: httpx.AsyncClient) -> None:
     response = await client.get("/auth/profile", headers=KEYED)
     profile = response.json()
     assert profile["requests_this_minute"] == 1
-    assert profile["remaining_minute"] == 69
+    assert profile["remaining_this_minute"] == 69
     assert profile["requests_today"] == 1000
-    assert profile["remaining_day"] == 49_000
+    assert profile["remaining_today"] == 49_000
     assert profile["total_requests"] == 3
     assert profile["malicious_detections"] == 1
     assert profile["days"] == [{"date": "2026-01-01", "requests": 3, "malicious": 1}]
@@ -452,6 +452,15 @@ async def test_pages_of_keys(client: httpx.AsyncClient, stages: FakeStages) -> N
     for limit in ("0", "1001", "x", "-1", "1.5", "", "9" * 50, "²"):
         response = await client.get("/admin/keys", params={"limit": limit}, headers=ADMIN)
         assert assert_problem(response, 422, "invalid_field")["errors"][0]["field"] == "limit"
+
+
+async def test_only_what_does_no_harm_twice_may_be_sent_again(client: httpx.AsyncClient, stages: FakeStages) -> None:
+    await client.post("/v1/detect", json=TEXT, headers=KEYED)
+    await client.post("/auth/register", json={"name": "a"})
+    await client.post("/auth/rotate", headers=KEYED)
+    await client.delete("/auth/key", headers=KEYED)
+    await client.post("/admin/keys", json={"name": "a"}, headers=ADMIN)
+    assert {subject for subject, again in stages.repeatable.items() if again} == {subjects.DETECT_REQUEST}
 
 
 # --- breakers ------------------------------------------------------------------------------------------------------------
