@@ -1,0 +1,139 @@
+"""Redis behind the ports: decisions in batches, and heartbeats."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import struct
+from collections import deque
+from collections.abc import Awaitable, Sequence
+from typing import Any, cast
+
+from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import RedisError
+
+from services.limiter.core import Decision, Policy
+from services.limiter.lua import SCRIPT, Wire
+from services.limiter.ports import StoreUnavailableError
+
+TIMEOUT_SECONDS = 0.1
+MAX_CONNECTIONS = 4
+MAX_BATCH = 64
+
+REPLICAS_KEY = "rl:v1:replicas"
+REPLICA_LIFE_SECONDS = 5
+BEAT_SCRIPT = f"""
+local clock = redis.call('TIME')
+redis.call('ZADD', KEYS[1], clock[1], ARGV[1])
+redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', clock[1] - {REPLICA_LIFE_SECONDS})
+redis.call('EXPIRE', KEYS[1], {REPLICA_LIFE_SECONDS})
+return redis.call('ZCARD', KEYS[1])
+"""
+
+_Waiting = tuple[str, bytes, asyncio.Future[bytes]]
+
+
+def connect(url: str) -> Redis:
+    """A client that fails at once: no retries, and connections are bounded (one more than batches, for the heartbeat).
+
+    No timeout of redis-py's own is set: it would count connecting, greeting, writing and reading each anew, and its timeout for
+    a write starts a task each time. `_within_the_timeout` bounds all of it together.
+    """
+    pool = BlockingConnectionPool.from_url(
+        url,
+        max_connections=MAX_CONNECTIONS + 1,
+        timeout=TIMEOUT_SECONDS,
+        retry=Retry(NoBackoff(), 0),
+        socket_timeout=None,
+        socket_connect_timeout=None,
+        driver_info=None,
+        protocol=2,
+    )
+    return Redis.from_pool(pool)
+
+
+async def _within_the_timeout(call: Awaitable[Any]) -> Any:
+    """Await `call` for 0.1 s at the most. redis-py closes a connection whose call is cancelled, so no answer is left in it."""
+    try:
+        async with asyncio.timeout(TIMEOUT_SECONDS):
+            return await call
+    except (RedisError, OSError, TimeoutError) as error:
+        raise StoreUnavailableError(type(error).__name__) from error
+
+
+class RedisStore:
+    """Decisions under one policy.
+
+    Calls that come in the same turn of the event loop travel together, and so do those that wait while `MAX_CONNECTIONS`
+    batches are under way: one call of the script decides them in order. The keys of a batch live on one server, so this needs a
+    Redis primary and not a Redis Cluster.
+    """
+
+    def __init__(self, client: Redis, policy: Policy, prefix: str, script: str = SCRIPT) -> None:
+        self._wire = Wire(policy)
+        self._prefix = prefix
+        self._script = client.register_script(script)
+        self._waiting: deque[_Waiting] = deque()
+        self._batches: set[asyncio.Task[None]] = set()
+        self._flushing = False
+
+    async def decide(self, key: str, limits: Sequence[int], cost: int, known: Sequence[int] | None) -> Decision:
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[bytes] = loop.create_future()
+        self._waiting.append((self._prefix + key, self._wire.ask(limits, cost, known), answer))
+        if not self._flushing:
+            self._flushing = True
+            loop.call_soon(self._flush)
+        try:
+            return self._wire.decision(await answer)
+        except struct.error as error:
+            raise StoreUnavailableError("not an answer of the script") from error
+
+    def _flush(self) -> None:
+        self._flushing = False
+        while self._waiting and len(self._batches) < MAX_CONNECTIONS:
+            batch = [self._waiting.popleft() for _ in range(min(MAX_BATCH, len(self._waiting)))]
+            task = asyncio.get_running_loop().create_task(self._send(batch))
+            self._batches.add(task)
+            task.add_done_callback(self._sent)
+
+    def _sent(self, task: asyncio.Task[None]) -> None:
+        self._batches.discard(task)
+        self._flush()
+
+    async def _send(self, batch: list[_Waiting]) -> None:
+        keys = [key for key, _, _ in batch]
+        asks = [self._wire.windows, *(ask for _, ask, _ in batch)]
+        try:
+            answers: list[bytes] = await _within_the_timeout(self._script(keys, asks))
+            if len(answers) != len(batch):
+                raise StoreUnavailableError("not the answers of the script")
+        except StoreUnavailableError as error:
+            # Whoever waits behind this batch must not wait out a timeout of its own.
+            for _, _, answer in (*batch, *self._waiting):
+                if not answer.done():
+                    answer.set_exception(StoreUnavailableError(*error.args))
+            self._waiting.clear()
+            return
+        for (_, _, answer), decided in zip(batch, answers, strict=True):
+            if not answer.done():
+                answer.set_result(decided)
+
+
+class RedisHeartbeat:
+    """Replicas in a sorted set by the time of their last beat; one that has not beaten for 5 s is taken for gone."""
+
+    def __init__(self, client: Redis, instance: str) -> None:
+        self._client = client
+        self._script = client.register_script(BEAT_SCRIPT)
+        self._instance = instance
+
+    async def beat(self) -> int:
+        return cast(int, await _within_the_timeout(self._script([REPLICAS_KEY], [self._instance])))
+
+    async def leave(self) -> None:
+        """Say that this replica goes; if nobody hears it, its last beat ages."""
+        with contextlib.suppress(StoreUnavailableError):
+            await _within_the_timeout(self._client.zrem(REPLICAS_KEY, self._instance))

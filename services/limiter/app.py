@@ -1,0 +1,54 @@
+"""The limiter, put together: Redis and its heartbeat, one limiter for keys and one for addresses, three stages."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from functools import partial
+
+from libs.common import micro, subjects
+from libs.common.bus import Bus
+from libs.common.contracts import AnsweredAccount, AuthenticatedDetect, RegisterRequest
+from services.limiter import adapters, handlers
+from services.limiter.core import PER_ADDRESS, PER_KEY, Policy
+from services.limiter.failover import Health, Limiter
+from services.limiter.settings import Settings
+
+
+@asynccontextmanager
+async def parts(bus: Bus, settings: Settings, *, per_key: Policy = PER_KEY) -> AsyncIterator[None]:
+    """Open Redis, which need not be there yet, and register the stages. `per_key`: a minute and a day, unless a test is short."""
+    client = adapters.connect(settings.redis_url.get_secret_value())
+    heartbeat = adapters.RedisHeartbeat(client, bus.instance)
+    rng = random.Random()  # noqa: S311  # spreads out retries; nothing secret depends on it
+
+    def show(up: bool) -> None:
+        bus.status.set(micro.STORE_REDIS, "up" if up else "down")
+        bus.status.set(micro.STATUS, "ok" if up else "degraded")
+
+    show(True)
+    health = Health(heartbeat, show)
+    keys = Limiter(per_key, adapters.RedisStore(client, per_key, "rl:v1:key:"), health, bus.clock, settings.limiter_local_keys)
+    addresses = Limiter(
+        PER_ADDRESS, adapters.RedisStore(client, PER_ADDRESS, "rl:v1:address:"), health, bus.clock, settings.limiter_local_keys
+    )
+    bus.stage(subjects.DETECT_AUTHENTICATED, AuthenticatedDetect, partial(handlers.admit, limiter=keys, rng=rng))
+    bus.stage(subjects.ACCOUNT_ANSWERED, AnsweredAccount, partial(handlers.answered, limiter=keys))
+    bus.stage(
+        subjects.REGISTER_REQUEST,
+        RegisterRequest,
+        partial(handlers.register, limiter=addresses, rng=rng, per_hour=settings.register_per_hour),
+    )
+    await health.check()
+    watching = asyncio.create_task(health.watch())
+    try:
+        yield
+    finally:
+        watching.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await watching
+        await heartbeat.leave()
+        await client.aclose()

@@ -1,0 +1,119 @@
+"""Limits while Redis is there and while it is away.
+
+Redis decides as long as it answers within 0.1 s. This process follows every such decision in a state of its own, so that it can
+go on where Redis left off. The first call that gets no answer is decided here, and so is every further one, without asking,
+until a heartbeat is answered again: the limiter fails open, but bounded.
+
+What is promised while Redis is away: a key's units that Redis had told this replica of still count, so there is no fresh window
+to be had. A unit admitted here counts once for each replica that Redis knew of, on the grounds that the others admit as much:
+together the N of them admit no more than the limit if calls are spread evenly, and up to N times it if they are not. What is
+not kept: keys beyond `max_keys`, and what a key used through other replicas since this one saw it last.
+
+When Redis is back it is told, with the first call of each key, how many units are in use to this replica's knowledge, so that
+an outage (or a Redis that lost its data in it) hands out no second window either.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable, Sequence
+
+from libs.common.clock import Clock
+from services.limiter.core import MAX_LIMIT, Decision, KeyStates, Policy
+from services.limiter.ports import Heartbeat, RateStore, StoreUnavailableError
+
+log = logging.getLogger(__name__)
+
+BEAT_SECONDS = 1.0
+RETRY_SECONDS = 0.2
+
+
+class Health:
+    """Whether the store answers, how often it has stopped to, and how many replicas share it."""
+
+    def __init__(
+        self,
+        heartbeat: Heartbeat,
+        on_change: Callable[[bool], None],
+        *,
+        beat_seconds: float = BEAT_SECONDS,
+        retry_seconds: float = RETRY_SECONDS,
+    ) -> None:
+        self.up = True
+        self.outages = 0
+        self.replicas = 1
+        self._heartbeat = heartbeat
+        self._on_change = on_change
+        self._beat_seconds = beat_seconds
+        self._retry_seconds = retry_seconds
+        self._lost = asyncio.Event()
+
+    def lost(self) -> None:
+        """The store did not answer: nobody asks it again until a heartbeat is answered."""
+        if self.up:
+            self.up = False
+            self.outages += 1
+            self._lost.set()
+            log.warning("Redis does not answer; limits are this replica's own until it does")
+            self._on_change(False)
+
+    async def check(self) -> None:
+        """One heartbeat, and what follows from it."""
+        try:
+            self.replicas = max(1, await self._heartbeat.beat())
+        except StoreUnavailableError:
+            self.lost()
+            return
+        if not self.up:
+            self.up = True
+            self._lost.clear()
+            log.warning("Redis answers again")
+            self._on_change(True)
+
+    async def watch(self) -> None:
+        """Check for ever: at leisure while the store is up, and often while it is away."""
+        while True:
+            if self.up:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(self._beat_seconds):
+                        await self._lost.wait()
+            if not self.up:
+                await asyncio.sleep(self._retry_seconds)
+            await self.check()
+
+
+class Limiter:
+    """The limits of one policy, over a store that may go away."""
+
+    def __init__(self, policy: Policy, store: RateStore, health: Health, clock: Clock, max_keys: int) -> None:
+        self._policy = policy
+        self._store = store
+        self._health = health
+        self._clock = clock
+        self._states = KeyStates(policy, max_keys)
+
+    async def decide(self, key: str, limits: Sequence[int], cost: int) -> tuple[Decision, bool]:
+        """Admit `cost` units of `key` in every window or in none (0: only look); and whether the store had no part in it."""
+        limits = tuple(min(limit, MAX_LIMIT) for limit in limits)
+        cost = min(cost, MAX_LIMIT + 1)
+        state = self._states.get(key)
+        outages = self._health.outages
+        if self._health.up:
+            known = None if state.synced == outages else state.used(self._policy, self._clock_ms())
+            try:
+                decision = await self._store.decide(key, limits, cost, known)
+            except StoreUnavailableError:
+                self._health.lost()
+            else:
+                state.record(self._policy, cost if decision.admitted else 0, decision.used, self._clock_ms())
+                state.synced = outages
+                return decision, False
+        lowest = min(limits)
+        if cost <= lowest:
+            cost = min(cost * self._health.replicas, lowest)
+        return state.decide(self._policy, limits, cost, self._clock_ms()), True
+
+    def _clock_ms(self) -> int:
+        return int(self._clock.monotonic() * 1000)

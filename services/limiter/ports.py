@@ -1,0 +1,28 @@
+"""What the limiter needs from outside."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from services.limiter.core import Decision
+
+
+class StoreUnavailableError(Exception):
+    """The store did not answer, or not in time. Whether it counted the call is not known."""
+
+
+class RateStore(Protocol):
+    """The states of all keys under one policy, shared by every replica."""
+
+    async def decide(self, key: str, limits: Sequence[int], cost: int, known: Sequence[int] | None) -> Decision:
+        """As `core.KeyState.decide`, by the store's own clock. Raises `StoreUnavailableError` within 0.1 s."""
+        ...
+
+
+class Heartbeat(Protocol):
+    """Where replicas make themselves known to one another."""
+
+    async def beat(self) -> int:
+        """Say that this replica is there; how many are. Raises `StoreUnavailableError` within 0.1 s."""
+        ...
