@@ -64,9 +64,7 @@ def _arguments() -> argparse.Namespace:
         "--threshold", type=float, help="probability from which a text counts as malicious (default: the shipped one)"
     )
     parser.add_argument("--calibrate", type=Path, metavar="CORPUS", help="propose a threshold from this file of benign texts")
-    parser.add_argument(
-        "--robustness", action="store_true", help="disguises and places instead of the plain figures; DATA is one file"
-    )
+    parser.add_argument("--robustness", action="store_true", help="try disguises and places instead; DATA is one file")
     parser.add_argument("--attacks", type=int, default=60, help="attacks in long documents with --robustness; each takes seconds")
     parser.add_argument("--false-alarms", type=float, default=0.01, help="share of false alarms to aim at with --calibrate")
     parser.add_argument("--out", type=Path, default=Path("eval-report.html"), help="where the HTML report goes")

@@ -23,6 +23,7 @@ def main() -> int:
     parser.add_argument("--work", type=Path, default=Path("training-run"), help="where checkpoints go")
     parser.add_argument("--seed", type=int, default=plan.seed)
     parser.add_argument("--tokens", type=int, default=plan.tokens, help="length of the training, in tokens with padding")
+    parser.add_argument("--minutes", type=float, default=plan.minutes, help="end by the clock if that comes first")
     parser.add_argument("--threads", type=int, default=plan.threads)
     parser.add_argument("--weights", type=Path, default=None, help="release this checkpoint instead of training")
     arguments = parser.parse_args()
@@ -34,7 +35,7 @@ def main() -> int:
         arguments.data / "train.jsonl.zst",
         base,
         arguments.work,
-        Plan(seed=arguments.seed, tokens=arguments.tokens, threads=arguments.threads),
+        Plan(seed=arguments.seed, tokens=arguments.tokens, minutes=arguments.minutes, threads=arguments.threads),
     )
     figures = release(weights, base, arguments.data, arguments.out, arguments.out.name, arguments.seed)
     print(json.dumps(asdict(figures), indent=1))  # noqa: T201

@@ -27,9 +27,14 @@ CLS, SEP, PAD = 101, 102, 0
 
 @dataclass(frozen=True)
 class Plan:
-    """How long and how hard to train. The length is counted in tokens, padding included, so it does not hang on the machine."""
+    """How long and how hard to train.
+
+    The length is counted in tokens, padding included, so it does not hang on the machine. `minutes` bounds it by the clock
+    as well: the learning rate then decays by whichever is nearer its end, and the run can no longer be repeated exactly.
+    """
 
     tokens: int = 7_000_000
+    minutes: float = math.inf
     max_tokens: int = 128
     batch_tokens: int = 2560
     batch_rows: int = 64
@@ -158,7 +163,7 @@ def train(train_file: Path, base: Path, out: Path, plan: Plan, start: Path | Non
     next_snapshot, losses, began = plan.snapshot_every, [], time.monotonic()
     model.train()
     for step, batch in enumerate(batches(stream, bare_tokenizer(base / "tokenizer.json"), plan), 1):
-        done = tokens / plan.tokens
+        done = max(tokens / plan.tokens, (time.monotonic() - began) / (60 * plan.minutes))
         if done >= 1.0:
             break
         for group, top in zip(optimizer.param_groups, full, strict=True):
