@@ -27,6 +27,8 @@ DRAIN_SECONDS = 20
 EDGE_BACKLOG = 2048
 """Connections that wait while the edge is busy or restarts; the kernel cuts it to net.core.somaxconn."""
 
+LOOPBACK = ("127.0.0.1", "localhost")
+
 LOG_BYTES = 10_000_000
 LOG_BACKUPS = 2
 
@@ -138,6 +140,9 @@ def plan(home: Home, environment: Mapping[str, str], scale: Mapping[str, int]) -
         wanted["PORTCULLIS_DATABASE_URL"] = server.url
     wanted.setdefault("PORTCULLIS_KEY_PEPPER", home.secret("key-pepper"))
     wanted.setdefault("PORTCULLIS_ADMIN_TOKEN", home.secret("admin-token"))
+    if edge_host in LOOPBACK:
+        # Whoever reaches the gateway may register a key: fine on this machine alone, and not a default for anybody else's.
+        wanted.setdefault("PORTCULLIS_REGISTRATION", "open")
     programs = [Program(server.name, server.command, group="servers", stop_signal=server.stop_signal) for server in running]
     for name in SERVICES:
         own = {variable: value for variable, value in wanted.items() if _is_for(variable, name)} | users.get(name, {})
