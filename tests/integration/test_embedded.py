@@ -70,8 +70,10 @@ def restarted(home: Home, name: str, old_pid: int) -> bool:
 def supervised(home: Home, *programs: stack.Program, port: int = 0) -> Iterator[control.Supervisor]:
     """These programs under a supervisor of ours, until the end of the block."""
     stack.write(home, stack.Plan(programs, "127.0.0.1", port))
-    process = control.start_supervisor(home, die_with_parent=True)
     supervisor = control.Supervisor(home)
+    assert supervisor.pid() is None
+    assert supervisor.processes() == []
+    process = control.start_supervisor(home, die_with_parent=True)
     names = [f"{one.name}_{number}" for one in programs for number in range(one.replicas)]
     try:
         wait_until(lambda: all(pid_of(home, name) for name in names), what="all programs")
