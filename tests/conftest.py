@@ -46,7 +46,7 @@ def _accepts(port: int) -> bool:
 @contextmanager
 def running(server: servers.Server) -> Iterator[servers.Server]:
     """The server as a process, ready to accept, until the end of the block."""
-    process = subprocess.Popen(server.command, user=server.user, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(server.command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         wait_until(lambda: _accepts(server.port), what=f"{server.name} on port {server.port}")
         yield server

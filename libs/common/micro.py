@@ -21,6 +21,7 @@ ENGINE_NAME = "engine.name"
 ENGINE_STATUS = "engine.status"  # up, degraded or down
 ENGINE_BREAKER = "engine.breaker"  # closed, open or half_open
 MODEL_NAME = "model.name"
+POOL = "pool"  # which pool a worker serves; without it, the default one
 
 Status = Literal["ok", "degraded", "down"]
 

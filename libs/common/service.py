@@ -7,8 +7,8 @@ import contextlib
 import logging
 import signal
 import sys
-from collections.abc import Callable, Coroutine
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from typing import TypeVar
 
 import nats.errors
@@ -26,6 +26,10 @@ S = TypeVar("S", bound=CommonSettings)
 Parts = Callable[[Bus, S], AbstractAsyncContextManager[None]]
 """A service's composition root: on a connected bus it opens what it needs and registers its stages; on exit it closes."""
 
+Front = Callable[[Bus, S], AbstractAsyncContextManager[None]]
+"""What a service shows to the outside besides its stages. It opens before the bus is connected, and closes while the bus still
+works: what is in hand can be finished, and nothing new comes in."""
+
 EXIT_CONNECTION_LOST = 3
 """The NATS connection was closed for good; whoever supervises us starts a new process."""
 
@@ -34,11 +38,11 @@ class ConfigurationError(Exception):
     """Something that only the operator can mend; its text is one line that says what to do."""
 
 
-def run(service: str, settings_type: type[S], parts: Parts[S]) -> None:
+def run(service: str, settings_type: type[S], parts: Parts[S] | None = None, *, front: Front[S] | None = None) -> None:
     """Run a service until SIGTERM or SIGINT. Exit status 0 after a clean stop, 2 on wrong configuration."""
     settings = settings_module.load(settings_type)
     try:
-        status = uvloop.run(_serve(service, settings, parts))
+        status = uvloop.run(_serve(service, settings, parts or _nothing, front or _nothing))
     except ConfigurationError as error:
         print(f"portcullis {service}: {error}", file=sys.stderr)  # noqa: T201
         status = 2
@@ -63,7 +67,7 @@ async def connect(bus: Bus, settings: CommonSettings) -> None:
             return
 
 
-async def _serve(service: str, settings: S, parts: Parts[S]) -> int:
+async def _serve(service: str, settings: S, parts: Parts[S], front: Front[S]) -> int:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for name in (signal.SIGTERM, signal.SIGINT):
@@ -71,22 +75,56 @@ async def _serve(service: str, settings: S, parts: Parts[S]) -> int:
     bus = Bus(service, settings)
     telemetry.setup_logging(service, bus.instance, settings)
     telemetry.serve_metrics(settings)
-    if not await _unless(stop, connect(bus, settings)):
-        return 0
-    async with parts(bus, settings):
-        await bus.start()
-        log.info("ready")
-        lost = asyncio.ensure_future(bus.closed.wait())
-        stopped = asyncio.ensure_future(stop.wait())
-        await asyncio.wait({lost, stopped}, return_when=asyncio.FIRST_COMPLETED)
-        lost.cancel()
-        stopped.cancel()
-        if bus.closed.is_set():
-            log.error("the NATS connection is closed for good")
-            return EXIT_CONNECTION_LOST
-        await bus.drain()
+    async with AsyncExitStack() as outside:
+        await outside.enter_async_context(front(bus, settings))
+        if not await _unless(stop, connect(bus, settings)):
+            return 0
+        async with AsyncExitStack() as inside:
+            if not await _entered(stop, inside, parts(bus, settings)):
+                return 0
+            await bus.start()
+            log.info("ready")
+            lost = asyncio.ensure_future(bus.closed.wait())
+            stopped = asyncio.ensure_future(stop.wait())
+            await asyncio.wait({lost, stopped}, return_when=asyncio.FIRST_COMPLETED)
+            lost.cancel()
+            stopped.cancel()
+            await outside.aclose()
+            if bus.closed.is_set():
+                log.error("the NATS connection is closed for good")
+                return EXIT_CONNECTION_LOST
+            await bus.drain()
     log.info("stopped")
     return 0
+
+
+@asynccontextmanager
+async def _nothing(_: Bus, __: CommonSettings) -> AsyncIterator[None]:
+    yield
+
+
+async def _entered(stop: asyncio.Event, stack: AsyncExitStack, parts: AbstractAsyncContextManager[None]) -> bool:
+    """Enter `parts`, which may wait for servers that are not there yet; False when the signal to stop came first.
+
+    In this very task, unlike `_unless`: what is entered here is left here, and a task group or a timeout minds the difference.
+    """
+    stopped = asyncio.ensure_future(stop.wait())
+    try:
+        async with asyncio.timeout(None) as limit:
+
+            def give_up(_: object) -> None:
+                limit.reschedule(0.0)
+
+            stopped.add_done_callback(give_up)
+            await stack.enter_async_context(parts)
+    except TimeoutError:
+        if not limit.expired():
+            raise
+        return False
+    finally:
+        stopped.remove_done_callback(give_up)
+        stopped.cancel()
+    return True
 
 
 async def _unless(stop: asyncio.Event, work: Coroutine[object, object, None]) -> bool:

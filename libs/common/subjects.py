@@ -47,6 +47,8 @@ USAGE_RECORDED = "usage.v1.recorded"
 USAGE_STREAM = "USAGE"
 
 DEFAULT_POOL = "fallback"
+# Asks the workers of every pool how they are; each answers with the name of its own.
+POOL_PING = "$SRV.PING.portcullis-fallback-model"
 
 SERVICES = ("edge", "auth", "limiter", "detector_proxy", "fallback_model")
 
@@ -127,14 +129,11 @@ PERMISSIONS: dict[str, Permissions] = {
             ACCOUNT_ANSWERED,
             BREAKERS_RESET,
             EVENT_KEY_CHANGED,
-            "$JS.API.INFO",
             f"$JS.API.STREAM.INFO.{USAGE_STREAM}",
             f"$JS.API.STREAM.CREATE.{USAGE_STREAM}",
             f"$JS.API.CONSUMER.CREATE.{USAGE_STREAM}.>",
             f"$JS.API.CONSUMER.INFO.{USAGE_STREAM}.>",
-            f"$JS.API.CONSUMER.DELETE.{USAGE_STREAM}.>",
             f"$JS.API.CONSUMER.MSG.NEXT.{USAGE_STREAM}.>",
-            f"$JS.ACK.{USAGE_STREAM}.>",
         ),
         subscribe=(
             DETECT_REQUEST,
@@ -158,7 +157,7 @@ PERMISSIONS: dict[str, Permissions] = {
     ),
     "detector_proxy": _service(
         "detector_proxy",
-        publish=("model.v1.*", USAGE_RECORDED, EVENT_BREAKER_CHANGED),
+        publish=("model.v1.*", USAGE_RECORDED, EVENT_BREAKER_CHANGED, POOL_PING),
         subscribe=(DETECT_ADMITTED, BREAKERS_LIST, BREAKERS_RESET, EVENT_BREAKER_CHANGED),
     ),
     "fallback_model": _service("fallback_model", publish=(), subscribe=("model.v1.*",)),

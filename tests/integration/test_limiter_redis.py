@@ -210,7 +210,7 @@ async def limiter(url: str, policy: Policy = PER_KEY, instance: str = "one") -> 
 
 async def until(health: Health, up: bool) -> None:
     async with asyncio.timeout(10):
-        while health.up != up:  # noqa: ASYNC110  # what is waited for happens in another process
+        while health.up != up:  # what is waited for happens in another process
             await asyncio.sleep(0.005)
 
 
@@ -339,7 +339,7 @@ async def test_two_replicas_without_redis_admit_no_more_than_the_limit_together(
     url = own_redis.server.url
     async with limiter(url) as (one, health), limiter(url, instance="two") as (two, other):
         async with asyncio.timeout(10):
-            while health.replicas != 2 or other.replicas != 2:  # noqa: ASYNC110  # as above
+            while health.replicas != 2 or other.replicas != 2:  # as above
                 await asyncio.sleep(0.005)
         own_redis.send(signal.SIGKILL)
         decisions = [(await each.decide("k", (100, 10_000), 1))[0].admitted for _ in range(200) for each in (one, two)]

@@ -19,7 +19,7 @@ from libs.common.errors import ErrorCode, PortcullisError
 
 def test_headers_survive_the_way_there_and_back() -> None:
     context = RequestContext(1_800_000_000_000, new_request_id(), new_traceparent(), {"auth": 0.5, "limiter": 1.25})
-    assert from_headers(context.headers()) == context
+    assert from_headers(context.headers(), origin=context.attempt_of) == context
 
 
 @pytest.mark.parametrize("deadline", [None, "", "soon", "1.5", "0x10"])

@@ -1,0 +1,269 @@
+"""What runs: the servers that no URL replaces, the services and their replicas, and the environment of each.
+
+`plan` decides, `write` puts the plan into the home: one private environment file per service and supervisord's configuration.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from infra.embedded import servers
+from infra.embedded.home import HOME_VARIABLE, ROOT, Home, HomeError, is_free, write_private
+from infra.embedded.supervise import SUPERVISOR_PID_VARIABLE
+from libs.common.subjects import SERVICES
+
+OPERATOR = "operator"
+"""The NATS user of whoever runs the system; it may use every subject."""
+
+DRAIN_SECONDS = 20
+"""A service finishes what it has in hand within 15 s (`libs.common.bus`); then it is killed."""
+
+EDGE_BACKLOG = 2048
+"""Connections that wait while the edge is busy or restarts; the kernel cuts it to net.core.somaxconn."""
+
+LOOPBACK = ("127.0.0.1", "localhost")
+
+LOG_BYTES = 10_000_000
+LOG_BACKUPS = 2
+
+# A secret goes to the service that needs it and to no other. Everything else that starts with PORTCULLIS_ goes to all.
+ONLY_FOR = {
+    "PORTCULLIS_DATABASE_URL": "auth",
+    "PORTCULLIS_KEY_PEPPER": "auth",
+    "PORTCULLIS_ADMIN_TOKEN": "auth",
+    "PORTCULLIS_REDIS_URL": "limiter",
+}
+ENGINE_PREFIX = "PORTCULLIS_ENGINE_"  # for the proxy: addresses and keys of somebody else's service
+
+
+class StackError(Exception):
+    """The stack cannot be started as asked; the text is one line that says what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """A program under the supervisor. `replicas` of it run; `group`: what is stopped together."""
+
+    name: str
+    command: tuple[str, ...]
+    group: str
+    replicas: int = 1
+    stop_signal: str = "TERM"
+    environment: Mapping[str, str] = field(default_factory=dict, repr=False)
+    listen: tuple[str, int] | None = None
+    """Host and port of a socket that all replicas share as their file descriptor 0."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """All programs, and where the edge is reached."""
+
+    programs: tuple[Program, ...]
+    edge_host: str
+    edge_port: int
+
+
+def parse_scale(values: list[str]) -> dict[str, int]:
+    """`["edge=2"]` → `{"edge": 2}`."""
+    scale: dict[str, int] = {}
+    for value in values:
+        name, _, count = value.partition("=")
+        if name not in SERVICES:
+            raise StackError(f"--scale {value}: there is no service {name!r}; there are {', '.join(SERVICES)}")
+        if not count.isdecimal() or not 1 <= int(count) <= 64:
+            raise StackError(f"--scale {value}: say how many, from 1 to 64, as in --scale {name}=2")
+        scale[name] = int(count)
+    return scale
+
+
+def _port(environment: Mapping[str, str], name: str) -> int | None:
+    variable = f"PORTCULLIS_{name.upper()}_PORT"
+    text = environment.get(variable)
+    if text is None:
+        return None
+    if not text.isdecimal() or not 1 <= int(text) <= 65535:
+        raise StackError(f"{variable}={text} is not a port; set it to a number from 1 to 65535")
+    return int(text)
+
+
+def _claim_port(environment: Mapping[str, str], home: Home, name: str) -> int:
+    """The port of an internal server: the one that was asked for, or a free one that the home remembers."""
+    port = _port(environment, name)
+    if port is None:
+        return home.port(name)
+    if not is_free(servers.HOST, port):
+        raise StackError(f"port {port} is taken; set PORTCULLIS_{name.upper()}_PORT to a free one, or leave it unset")
+    return port
+
+
+def plan(home: Home, environment: Mapping[str, str], scale: Mapping[str, int]) -> Plan:
+    """Decide what to run. Prepares the servers' files (the first time, PostgreSQL's data directory).
+
+    Raises StackError, ServerError, HomeError.
+    """
+    edge_host = environment.get("PORTCULLIS_EDGE_HOST", "127.0.0.1")
+    edge_port = _port(environment, "edge") or 8000
+    if ":" in edge_host:
+        raise StackError(f"PORTCULLIS_EDGE_HOST={edge_host}: the edge listens on IPv4 here; put a proxy in front of it for IPv6")
+    if not is_free(edge_host, edge_port):
+        raise StackError(
+            f"port {edge_port} on {edge_host} is taken; choose another one: PORTCULLIS_EDGE_PORT={edge_port + 1} ./run up"
+        )
+    wanted = {name: value for name, value in environment.items() if name.startswith("PORTCULLIS_") and value}
+    running: list[servers.Server] = []
+    users: dict[str, dict[str, str]] = {}
+    if "PORTCULLIS_NATS_URL" not in wanted:
+        passwords = {user: home.secret(f"nats-{user}") for user in (*SERVICES, OPERATOR)}
+        server = servers.nats(home.path, _claim_port(environment, home, "nats"), passwords)
+        running.append(server)
+        users = {
+            name: {
+                "PORTCULLIS_NATS_URL": server.url,
+                "PORTCULLIS_NATS_USER": name,
+                "PORTCULLIS_NATS_PASSWORD": passwords[name],
+            }
+            for name in SERVICES
+        }
+    if "PORTCULLIS_REDIS_URL" not in wanted:
+        server = servers.redis(home.path, _claim_port(environment, home, "redis"), home.secret("redis"))
+        running.append(server)
+        wanted["PORTCULLIS_REDIS_URL"] = server.url
+    if "PORTCULLIS_DATABASE_URL" not in wanted:
+        server = servers.postgres(home.path, _claim_port(environment, home, "postgres"), home.secret("postgres"))
+        running.append(server)
+        wanted["PORTCULLIS_DATABASE_URL"] = server.url
+    wanted.setdefault("PORTCULLIS_KEY_PEPPER", home.secret("key-pepper"))
+    wanted.setdefault("PORTCULLIS_ADMIN_TOKEN", home.secret("admin-token"))
+    if edge_host in LOOPBACK:
+        # Whoever reaches the gateway may register a key: fine on this machine alone, and not a default for anybody else's.
+        wanted.setdefault("PORTCULLIS_REGISTRATION", "open")
+    programs = [Program(server.name, server.command, group="servers", stop_signal=server.stop_signal) for server in running]
+    for name in SERVICES:
+        own = {variable: value for variable, value in wanted.items() if _is_for(variable, name)} | users.get(name, {})
+        if name == "edge":
+            own |= {"PORTCULLIS_EDGE_HOST": edge_host, "PORTCULLIS_EDGE_PORT": str(edge_port)}
+        programs.append(
+            Program(
+                name,
+                (sys.executable, "-m", f"services.{name}"),
+                group="edge" if name == "edge" else "services",
+                replicas=scale.get(name, 1),
+                environment=own,
+                listen=(edge_host, edge_port) if name == "edge" else None,
+            )
+        )
+    return Plan(tuple(programs), edge_host, edge_port)
+
+
+def _is_for(variable: str, service: str) -> bool:
+    if variable.startswith(ENGINE_PREFIX):
+        return service == "detector_proxy"
+    return ONLY_FOR.get(variable, service) == service
+
+
+def external_hosts(environment: Mapping[str, str]) -> list[str]:
+    """`NATS at host:port` for each server that a URL replaces, without its credentials."""
+    found = []
+    for label in ("NATS", "REDIS", "DATABASE"):
+        url = environment.get(f"PORTCULLIS_{label}_URL")
+        if url:
+            first = urlsplit(url.split(",")[0])
+            found.append(f"{label.title() if label != 'NATS' else label} at {first.hostname}:{first.port}")
+    return found
+
+
+def write(home: Home, plan: Plan) -> None:
+    """Put the plan into the home, for the supervisor and for `just service`."""
+    for program in plan.programs:
+        environment = {HOME_VARIABLE: str(home.path), **program.environment}
+        write_private(home.environments / f"{program.name}.json", json.dumps(environment, indent=1) + "\n")
+    write_private(home.supervisor_configuration, configuration(home, plan.programs))
+    write_private(home.edge_address, json.dumps({"host": plan.edge_host, "port": plan.edge_port}) + "\n")
+
+
+# Servers first, the edge last; stopped in the opposite order, each group together.
+PRIORITIES = {"servers": 10, "services": 20, "edge": 30}
+
+
+def configuration(home: Home, programs: tuple[Program, ...]) -> str:
+    """supervisord's configuration for these programs. It holds no secret."""
+    for path in (str(home.path), str(ROOT), sys.executable):
+        if any(special in path for special in ("%", " ;", " #", "\n")):
+            raise HomeError(f"{path!r} holds a character that supervisor would interpret (%, ' #' or ' ;'); use another folder")
+    sections = [
+        {
+            "": "supervisord",
+            "nodaemon": "true",
+            "silent": "true",
+            "logfile": str(home.logs / "supervisor.log"),
+            "logfile_maxbytes": str(LOG_BYTES),
+            "logfile_backups": str(LOG_BACKUPS),
+            "pidfile": str(home.path / "supervisord.pid"),
+            "directory": str(ROOT),
+        },
+        {"": "unix_http_server", "file": str(home.supervisor_socket()), "chmod": "0600"},
+        {
+            "": "rpcinterface:supervisor",
+            "supervisor.rpcinterface_factory": "supervisor.rpcinterface:make_main_rpcinterface",
+        },
+        *(_program_section(home, program) for program in programs),
+        *(
+            {
+                "": f"group:{group}",
+                "programs": ",".join(program.name for program in programs if program.group == group),
+                "priority": str(PRIORITIES[group]),
+            }
+            for group in PRIORITIES
+            if any(program.group == group and program.listen is None for program in programs)
+        ),
+    ]
+    return "\n".join(
+        f"[{section['']}]\n" + "".join(f"{name} = {value}\n" for name, value in section.items() if name) for section in sections
+    )
+
+
+def _program_section(home: Home, program: Program) -> dict[str, str]:
+    process = f"{program.name}_%(process_num)d"
+    child = [sys.executable, "-I", "-S", str(Path(__file__).with_name("child.py"))]
+    child += ["--environment", str(home.environments / f"{program.name}.json")]
+    child += ["--parent-pid-variable", SUPERVISOR_PID_VARIABLE, "--parent-signal", program.stop_signal]
+    section = {
+        "": f"{'fcgi-' if program.listen else ''}program:{program.name}",
+        "command": " ".join(
+            [
+                *map(shlex.quote, child),
+                "--starts",
+                shlex.quote(f"{home.starts}/") + process,
+                "--",
+                *map(shlex.quote, program.command),
+            ]
+        ),
+        "process_name": process,
+        "numprocs": str(program.replicas),
+        "priority": str(PRIORITIES[program.group]),
+        # Started again whatever happens, for ever: the child itself paces a program that keeps dying, so supervisor's own
+        # count of retries, after which it gives up, must never begin (a start counts as successful at once).
+        "autorestart": "true",
+        "startsecs": "0",
+        "stopsignal": program.stop_signal,
+        "stopwaitsecs": str(DRAIN_SECONDS),
+        "killasgroup": "true",
+        "redirect_stderr": "true",
+        "stdout_logfile": f"{home.logs}/{process}.log",
+        "stdout_logfile_maxbytes": str(LOG_BYTES),
+        "stdout_logfile_backups": str(LOG_BACKUPS),
+    }
+    if program.listen:
+        host, port = program.listen
+        section |= {
+            "socket": f"tcp://{host}:{port}",
+            "socket_backlog": str(EDGE_BACKLOG),
+            "environment": 'PORTCULLIS_EDGE_SOCKET_FD="0"',
+        }
+    return section

@@ -1,0 +1,19 @@
+"""`python -m services.auth` serves; `python -m services.auth migrate` only brings the database to the newest schema."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+
+from libs.common import service
+from libs.common.settings import load
+from services.auth.app import migrate_only, parts
+from services.auth.settings import AuthSettings
+
+if sys.argv[1:] == ["migrate"]:
+    try:
+        asyncio.run(migrate_only(load(AuthSettings)))
+    except service.ConfigurationError as error:
+        raise SystemExit(f"portcullis auth: {error}") from None
+else:
+    service.run("auth", AuthSettings, parts)

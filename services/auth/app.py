@@ -1,0 +1,147 @@
+"""Auth's composition root."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from datetime import timedelta
+from functools import partial
+from typing import Any
+
+from sqlalchemy import URL
+
+from libs.common import keys, subjects
+from libs.common.bus import Bus
+from libs.common.contracts import (
+    AccountRequest,
+    AdminCreateKey,
+    AdminKey,
+    AdminListKeys,
+    AdminUpdateKey,
+    BreakersResetRequest,
+    DetectRequest,
+    KeyChanged,
+    RegisterRequest,
+)
+from libs.common.service import ConfigurationError
+from services.auth import handlers
+from services.auth.adapters import BusAnnouncer, PostgresCheck, PostgresKeys, PostgresLedgers, engine_url, make_engine
+from services.auth.cache import Authenticator, KeyCache
+from services.auth.core import Caps, StoreRefusesError, StoreUnavailableError
+from services.auth.handlers import Finisher, Keys, Policy, finished
+from services.auth.health import StoreHealth
+from services.auth.migrate import migrate
+from services.auth.ports import StreamError
+from services.auth.settings import AuthSettings
+from services.auth.stream import JetStreamUsage
+from services.auth.usage import UsageCounter
+
+log = logging.getLogger(__name__)
+
+START_RETRY_SECONDS = 0.2
+CALLS_IN_FLIGHT = 128
+"""Of each call on keys: they wait for one of a few connections to PostgreSQL."""
+
+
+@asynccontextmanager
+async def parts(bus: Bus, settings: AuthSettings) -> AsyncIterator[None]:
+    """Takes no message before the database is there and migrated: the replicas that are ready get them."""
+    url = engine_url(settings.database_url.get_secret_value())
+    await _migrate_when_there(url)
+    async with AsyncExitStack() as stack:
+        engine = make_engine(url, pool_size=settings.database_pool_size)
+        stack.push_async_callback(engine.dispose)
+        own_engine = make_engine(url, pool_size=2)
+        stack.push_async_callback(own_engine.dispose)
+
+        clock = bus.clock
+        health = StoreHealth(bus.status, clock)
+        store = PostgresKeys(engine)
+        cache = KeyCache(
+            store.find,
+            clock,
+            ttl_seconds=settings.auth_cache_ttl_seconds,
+            entries=settings.auth_cache_entries,
+            is_up=health.is_up,
+        )
+        stack.push_async_callback(cache.close)
+        pepper = settings.key_pepper.get_secret_value().encode()
+        authenticator = Authenticator(cache, clock, pepper)
+        announcer = BusAnnouncer(bus, cache, clock)
+        bus.on_reconnect.append(announcer.reconnected)
+        use = Keys(store, authenticator, announcer, clock, pepper, _policy(settings))
+        finisher = Finisher()
+        stack.push_async_callback(finisher.close)
+
+        bus.on_event(subjects.EVENT_KEY_CHANGED, KeyChanged, partial(handlers.forget, cache=cache))
+        bus.stage(subjects.DETECT_REQUEST, DetectRequest, partial(handlers.detect, authenticator=authenticator))
+        _register_calls(bus, use, finisher)
+
+        await stack.enter_async_context(_background(health.watch(PostgresCheck(own_engine).check)))
+        usage = JetStreamUsage(bus, settings.usage_stream_bytes)
+        try:
+            # Before the first request, so that its event finds a stream.
+            await usage.state()
+        except StreamError as error:
+            log.warning("usage is not counted yet: %s", error)
+        counter = UsageCounter(usage, PostgresLedgers(own_engine), clock, retention_days=settings.usage_retention_days)
+        await stack.enter_async_context(_background(counter.run()))
+        yield
+
+
+async def migrate_only(settings: AuthSettings) -> None:
+    await _migrate_when_there(engine_url(settings.database_url.get_secret_value()))
+
+
+async def _migrate_when_there(url: URL) -> None:
+    waiting = False
+    while True:
+        try:
+            await migrate(url)
+        except StoreRefusesError:
+            raise ConfigurationError(
+                "PostgreSQL refuses the user or has no such database; check PORTCULLIS_DATABASE_URL"
+            ) from None
+        except StoreUnavailableError as error:
+            if not waiting:
+                log.warning("waiting for PostgreSQL (%s)", error.internal)
+            waiting = True
+            await asyncio.sleep(START_RETRY_SECONDS)
+        else:
+            return
+
+
+def _policy(settings: AuthSettings) -> Policy:
+    return Policy(
+        registration_open=settings.registration == "open",
+        caps=Caps(settings.register_max_per_minute, settings.register_max_per_day),
+        rotate_grace=timedelta(seconds=settings.rotate_grace_seconds),
+        admin_digest=keys.digest(settings.admin_token.get_secret_value()) if settings.admin_token is not None else None,
+    )
+
+
+def _register_calls(bus: Bus, use: Keys, finisher: Finisher) -> None:
+    stage = partial(bus.stage, max_in_flight=CALLS_IN_FLIGHT)
+    stage(subjects.REGISTER_ADMITTED, RegisterRequest, finished(handlers.register, use, finisher))
+    stage(subjects.ACCOUNT_PROFILE, AccountRequest, finished(handlers.profile, use, finisher))
+    stage(subjects.ACCOUNT_ROTATE, AccountRequest, finished(handlers.rotate, use, finisher))
+    stage(subjects.ACCOUNT_REVOKE, AccountRequest, finished(handlers.revoke, use, finisher))
+    stage(subjects.ADMIN_KEYS_LIST, AdminListKeys, finished(handlers.list_keys, use, finisher))
+    stage(subjects.ADMIN_KEYS_CREATE, AdminCreateKey, finished(handlers.create_key, use, finisher))
+    stage(subjects.ADMIN_KEYS_GET, AdminKey, finished(handlers.get_key, use, finisher))
+    stage(subjects.ADMIN_KEYS_UPDATE, AdminUpdateKey, finished(handlers.update_key, use, finisher))
+    stage(subjects.ADMIN_KEYS_DELETE, AdminKey, finished(handlers.delete_key, use, finisher))
+    stage(subjects.BREAKERS_RESET_REQUEST, BreakersResetRequest, finished(handlers.reset_breakers, use, finisher))
+
+
+@asynccontextmanager
+async def _background(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+    task = asyncio.get_running_loop().create_task(work)
+    try:
+        yield
+    finally:
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task

@@ -1,0 +1,36 @@
+"""Configuration of auth; all of it from the environment, `PORTCULLIS_*`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, SecretStr
+
+from libs.common.settings import CommonSettings
+
+
+class AuthSettings(CommonSettings):
+    """What auth reads besides the common settings."""
+
+    database_url: SecretStr
+    """`postgresql://user:password@host:port/database`; `sslmode` is honoured."""
+    database_pool_size: Annotated[int, Field(ge=1, le=100)] = 5
+    """Connections of one replica for requests; two more serve its health check and the usage counts."""
+    key_pepper: Annotated[SecretStr, Field(min_length=16)]
+    """Keys are stored as HMACs under this secret. With another pepper every issued key is refused."""
+    admin_token: Annotated[SecretStr, Field(min_length=16)] | None = None
+    """Without one, only keys with the scope `admin` may administer."""
+    registration: Literal["open", "admin"] = "admin"
+    """`open`: anybody may register a key; `admin`: the admin token is needed."""
+    register_max_per_minute: Annotated[int, Field(ge=1)] = 1_000
+    register_max_per_day: Annotated[int, Field(ge=1)] = 100_000
+    """The highest limits that a self-registered key may have."""
+    rotate_grace_seconds: Annotated[int, Field(ge=0, le=30 * 86_400)] = 86_400
+    """How long a rotated key's old secret keeps working: time to deploy the new one."""
+    auth_cache_ttl_seconds: Annotated[float, Field(gt=0, le=30)] = 10.0
+    """How long a key that was read from PostgreSQL is used without asking again. Changes are broadcast and count at once."""
+    auth_cache_entries: Annotated[int, Field(ge=1)] = 65_536
+    usage_stream_bytes: Annotated[int, Field(ge=1024 * 1024)] = 512 * 1024 * 1024
+    """Bound of the USAGE stream, used only when the stream does not exist yet; about 2.5 million events."""
+    usage_retention_days: Annotated[int, Field(ge=31)] = 400
+    """Daily counts older than this are deleted; totals are kept."""

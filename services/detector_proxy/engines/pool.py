@@ -1,0 +1,154 @@
+"""A pool of workers on NATS: `model.v1.<pool>`, one queue group, `ModelRequest` in and `ModelResult` out.
+
+The queue group picks a worker at random. One that is full says so at once, and one that hangs says nothing: in both cases the
+request is sent again, and goes to another with good odds. (One that dies is the bus's matter: it sends again by itself.) A pool
+without any worker is known within a millisecond and costs nothing to ask, so that it is no business of a breaker's either.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import msgspec
+
+from libs.common import micro
+from libs.common.bus import NoRespondersError, Response
+from libs.common.clock import Clock
+from libs.common.context import RequestContext, new_request_id, new_traceparent
+from libs.common.contracts import DetectPayload, Message, ModelRequest, ModelResult
+from libs.common.errors import ErrorCode, PortcullisError
+from libs.common.subjects import DEFAULT_POOL, POOL_PING, model_pool
+from services.detector_proxy.metrics import POOL_RETRIES
+from services.detector_proxy.ports import EngineError, EngineResult, Health
+
+MAX_ATTEMPTS = 3
+ATTEMPT_SECONDS = 1.0
+ATTEMPT_SECONDS_PER_CHARACTER = 5e-5
+"""How long one worker may take before another is tried: a worker that has not even begun after a second would have said "busy",
+and 100 000 characters take it seconds."""
+MARGIN_SECONDS = 0.005
+"""An attempt ends that much before the caller would cancel it: what came of it is then known, and counted, for certain."""
+PING_SECONDS = 0.2
+
+_decode = msgspec.json.Decoder(ModelResult).decode
+
+
+class _Ping(msgspec.Struct):
+    """What we read of the answer to `$SRV.PING` (NATS ADR-32)."""
+
+    metadata: dict[str, str] = {}
+
+
+_decode_ping = msgspec.json.Decoder(_Ping).decode
+
+
+class Requester(Protocol):
+    """What a pool needs of the bus."""
+
+    @property
+    def clock(self) -> Clock: ...
+
+    async def request(self, subject: str, message: Message, context: RequestContext, *, idempotent: bool = False) -> Response: ...
+
+    async def gather(
+        self, subject: str, message: Message | None, context: RequestContext, *, window_seconds: float
+    ) -> list[bytes]: ...
+
+
+class PoolEngine:
+    """See the module. `pool`: its name; the subject follows from it."""
+
+    def __init__(self, bus: Requester, pool: str) -> None:
+        self.name = pool
+        self._bus = bus
+        self._pool = pool
+        self._subject = model_pool(pool)
+
+    async def detect(self, payload: DetectPayload, context: RequestContext, timeout_seconds: float) -> EngineResult:
+        """Raises `EngineError`: absent, busy, no_answer (counted if a worker had its full time), rejected, malformed, failed."""
+        request = ModelRequest(text=payload.text, detailed=payload.detailed)
+        ends = self._bus.clock.now() + timeout_seconds - MARGIN_SECONDS
+        patience = ATTEMPT_SECONDS + ATTEMPT_SECONDS_PER_CHARACTER * len(payload.text)
+        failure = EngineError("no_time", counts=False)
+        counts = False
+        for attempt in range(1, MAX_ATTEMPTS + 1):
+            remaining = ends - self._bus.clock.now()
+            if remaining <= 0:
+                break
+            if attempt > 1:
+                POOL_RETRIES.labels(self._pool, failure.reason).inc()
+            last = attempt == MAX_ATTEMPTS or remaining <= patience
+            try:
+                return await self._ask(request, context, remaining if last else patience, full=remaining >= patience)
+            except EngineError as error:
+                failure = error
+                counts = counts or error.counts
+                if error.reason in ("absent", "rejected"):
+                    break  # no other worker would say otherwise
+        raise EngineError(failure.reason, counts=counts)
+
+    async def _ask(self, request: ModelRequest, context: RequestContext, seconds: float, *, full: bool) -> EngineResult:
+        # The worker gets this attempt's deadline: what we no longer wait for, it does not begin.
+        attempt = RequestContext(
+            deadline_ms=int((self._bus.clock.now() + seconds) * 1000),
+            request_id=context.request_id,
+            traceparent=context.traceparent,
+            attempt_of=context.attempt_of,
+        )
+        try:
+            response = await self._bus.request(self._subject, request, attempt, idempotent=True)
+        except NoRespondersError:
+            raise EngineError("absent", counts=False) from None
+        except PortcullisError as error:
+            if error.code == ErrorCode.DEADLINE_EXCEEDED:
+                raise EngineError("no_answer", counts=full) from None
+            if error.code == ErrorCode.PAYLOAD_TOO_LARGE:
+                raise EngineError("rejected", counts=False) from None
+            raise EngineError("absent", counts=False) from error
+        problem = response.reply.error
+        if problem is None:
+            return _result(response.reply.result)
+        if problem.code == ErrorCode.OVERLOADED:
+            raise EngineError("busy", counts=False)
+        if problem.code in (ErrorCode.BAD_REQUEST, ErrorCode.INVALID_FIELD, ErrorCode.PAYLOAD_TOO_LARGE):
+            raise EngineError("rejected", counts=False)
+        # A worker that reports a failure is alive; one bad text must not shut the pool for all.
+        raise EngineError("failed", counts=False)
+
+    async def health(self) -> Health:
+        """Up when a worker of this pool answers that it is."""
+        now = self._bus.clock.now()
+        context = RequestContext(int((now + PING_SECONDS) * 1000), new_request_id(), new_traceparent())
+        answers = await self._bus.gather(POOL_PING, None, context, window_seconds=PING_SECONDS)
+        states = []
+        for answer in answers:
+            try:
+                metadata = _decode_ping(answer).metadata
+            except ValueError:
+                continue
+            if metadata.get(micro.POOL, DEFAULT_POOL) == self._pool:
+                states.append(metadata.get(micro.STATUS, "ok"))
+        if "ok" in states:
+            return "up"
+        return "degraded" if "degraded" in states else "down"
+
+    async def close(self) -> None:
+        """Nothing of its own to close."""
+
+
+def _result(raw: msgspec.Raw) -> EngineResult:
+    try:
+        result = _decode(raw)
+    except (ValueError, RecursionError):
+        raise EngineError("malformed") from None
+    return EngineResult(
+        confidence=result.confidence,
+        model=result.model,
+        threshold=result.threshold,
+        threat_types=result.threat_types,
+        coverage=result.coverage,
+        reason=result.reason,
+        spans=result.spans,
+        transforms=result.transforms,
+        timings=result.timings,
+    )

@@ -1,0 +1,96 @@
+"""Composition root: the HTTP application, and the server that it runs in."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.routing import APIRoute
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect
+
+from libs.common import VERSION
+from libs.common.bus import Bus
+from libs.common.errors import ErrorCode, PortcullisError
+from services.edge import openapi, pages, problems
+from services.edge.bodies import Bodies
+from services.edge.gate import Gate, call_of
+from services.edge.handlers import Handlers, Refused, refused
+from services.edge.health import FleetMonitor
+from services.edge.ports import Stages
+from services.edge.server import serving
+from services.edge.settings import EdgeSettings
+
+CLIENT_CLOSED = 499
+"""Nobody reads this status (the caller has gone); it is nginx's name for it in the metrics."""
+CORS_MAX_AGE_SECONDS = 600
+
+
+class _PlainRoute(APIRoute):
+    """A route whose function takes the request and gives the response: nothing for FastAPI to parse, validate or convert."""
+
+    def get_route_handler(self) -> Callable[[Request], Awaitable[Response]]:  # type: ignore[override]  # awaitable will do
+        endpoint: Callable[[Request], Awaitable[Response]] = self.endpoint
+        return endpoint
+
+
+def build(stages: Stages, settings: EdgeSettings) -> Gate:
+    """The whole HTTP side as one ASGI application, on whatever stages there are."""
+    bodies = Bodies(settings.max_body_bytes, settings.edge_max_buffered_bytes, settings.body_timeout_seconds)
+    handlers = Handlers(stages, bodies, FleetMonitor(stages), request_timeout_seconds=settings.request_timeout_seconds)
+    app = FastAPI(
+        title="Portcullis",
+        version=VERSION,
+        description=openapi.DESCRIPTION,
+        openapi_url=None,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+        telemetry={"tracing": False, "metrics": False, "logs": False},
+        exception_handlers={
+            PortcullisError: refused,
+            Refused: refused,
+            HTTPException: _framework_refusal,
+            ClientDisconnect: _gone,
+            Exception: _bug,
+        },
+    )
+    app.router.route_class = _PlainRoute
+    openapi.add_routes(app, handlers)
+    app.add_api_route("/metrics", handlers.metrics, include_in_schema=False)
+    pages.add_pages(app)
+    if settings.cors_origin_names:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origin_names,
+            allow_methods=["GET", "POST", "PATCH", "DELETE"],
+            allow_headers=openapi.REQUEST_HEADERS,
+            expose_headers=openapi.ANSWER_HEADERS,
+            max_age=CORS_MAX_AGE_SECONDS,
+        )
+    gate = Gate(app, settings, stages.clock)
+    handlers.gate = gate
+    return gate
+
+
+@asynccontextmanager
+async def front(bus: Bus, settings: EdgeSettings) -> AsyncIterator[None]:
+    """Serve HTTP; until NATS is there, and when it goes away, calls are answered 503."""
+    async with serving(build(bus, settings), settings):
+        yield
+
+
+async def _framework_refusal(request: Request, error: Any) -> Response:
+    return problems.respond_http(error.status_code, call_of(request.scope).request_id, error.headers)
+
+
+async def _bug(request: Request, _: Exception) -> Response:
+    # Starlette raises the exception again after this answer; the gate logs it.
+    return problems.respond(PortcullisError(ErrorCode.INTERNAL), call_of(request.scope).request_id)
+
+
+async def _gone(_: Request, __: Exception) -> Response:
+    return Response(status_code=CLIENT_CLOSED)

@@ -1,0 +1,156 @@
+"""The first and the last that a request meets: an ASGI wrapper around everything else.
+
+It refuses what is not fit to be looked at (headers, host, too many at once), gives each request its id and its deadline's
+beginning, stamps every answer, counts it, and is the one place where an unexpected exception ends.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import MutableMapping
+from dataclasses import dataclass
+from typing import Any
+
+from prometheus_client import Counter, Gauge, Histogram
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from libs.common.clock import Clock
+from libs.common.context import REQUEST_ID_PATTERN, TRACEPARENT_PATTERN, new_request_id, new_traceparent
+from libs.common.errors import ErrorCode, PortcullisError
+from services.edge import core, problems
+from services.edge.settings import EdgeSettings
+
+log = logging.getLogger(__name__)
+
+REQUESTS = Counter("portcullis_http_requests_total", "Requests answered, by route and status.", ["method", "route", "status"])
+DURATION = Histogram(
+    "portcullis_http_request_duration_seconds",
+    "Time from a request's headers to the end of its answer.",
+    ["route"],
+    buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10),
+)
+IN_FLIGHT = Gauge("portcullis_http_in_flight", "Calls that the edge is working on.")
+
+MAX_HEADERS = 100
+_METHODS = frozenset({"GET", "POST", "PATCH", "DELETE", "PUT", "HEAD", "OPTIONS"})
+# Operators look at a full gateway most of all, so these are answered whatever is in flight.
+_ALWAYS = ("/health", "/metrics")
+
+CALL = "portcullis.call"
+"""Where the `Call` is in the ASGI scope."""
+
+
+@dataclass(slots=True)
+class Call:
+    """One request. `headers`: by lower-case name, the last of equal names; `arrived`: monotonic seconds."""
+
+    request_id: str
+    traceparent: str
+    headers: dict[bytes, bytes]
+    arrived: float
+
+
+def call_of(scope: MutableMapping[str, Any]) -> Call:
+    call: Call = scope[CALL]
+    return call
+
+
+class Gate:
+    """ASGI in, ASGI out. `stopping`: every answer from now on closes its connection."""
+
+    def __init__(self, app: ASGIApp, settings: EdgeSettings, clock: Clock) -> None:
+        self.stopping = False
+        self.in_flight = 0
+        self._app = app
+        self._clock = clock
+        self._allowed_hosts = settings.allowed_host_names
+        self._max_header_bytes = settings.max_header_bytes
+        self._max_in_flight = settings.edge_max_in_flight
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        arrived = self._clock.monotonic()
+        headers = dict(scope["headers"])
+        call = scope[CALL] = Call(
+            _sane(headers.get(b"x-request-id"), REQUEST_ID_PATTERN) or new_request_id(),
+            _sane(headers.get(b"traceparent"), TRACEPARENT_PATTERN) or new_traceparent(),
+            headers,
+            arrived,
+        )
+        status = 0
+
+        async def stamped(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                own: list[tuple[bytes, bytes]] = message["headers"]
+                own.append((b"x-request-id", call.request_id.encode("ascii")))
+                own.append((b"x-content-type-options", b"nosniff"))
+                if not any(name == b"cache-control" for name, _ in own):
+                    own.append((b"cache-control", b"no-store"))
+                if self.stopping:
+                    own.append((b"connection", b"close"))
+            await send(message)
+
+        counted = not scope["path"].startswith(_ALWAYS)
+        refusal = self._refusal(scope, headers, counted)
+        if counted:
+            self.in_flight += 1
+            IN_FLIGHT.inc()
+        try:
+            if refusal is not None:
+                await problems.respond(refusal, call.request_id)(scope, receive, stamped)
+            else:
+                await self._app(scope, receive, stamped)
+        except Exception:
+            # The one catch-all of the edge: a bug is answered like a failed stage, and told to the log.
+            log.exception("%s failed", _route(scope))
+            if not status:
+                await _internal(call)(scope, receive, stamped)
+        finally:
+            if counted:
+                self.in_flight -= 1
+                IN_FLIGHT.dec()
+            route = _route(scope)
+            method = scope["method"] if scope["method"] in _METHODS else "other"
+            REQUESTS.labels(method, route, status).inc()
+            DURATION.labels(route).observe(self._clock.monotonic() - arrived)
+
+    def _refusal(self, scope: Scope, headers: dict[bytes, bytes], counted: bool) -> PortcullisError | None:
+        raw: list[tuple[bytes, bytes]] = scope["headers"]
+        size = len(scope.get("raw_path", b"")) + len(scope["query_string"])
+        hosts = 0
+        for name, value in raw:
+            size += len(name) + len(value) + 4  # ": " and the end of the line
+            hosts += name == b"host"
+        if size > self._max_header_bytes or len(raw) > MAX_HEADERS:
+            return PortcullisError(ErrorCode.HEADERS_TOO_LARGE)
+        # HTTP/1.0 had no Host header.
+        if hosts != 1 and not (hosts == 0 and scope["http_version"] == "1.0"):
+            return PortcullisError(ErrorCode.BAD_REQUEST, "Exactly one Host header is needed.")
+        if hosts and not core.host_allowed(headers[b"host"].decode("latin-1"), self._allowed_hosts):
+            return PortcullisError(ErrorCode.BAD_REQUEST, "This gateway does not answer to the name in the Host header.")
+        if counted and self.in_flight >= self._max_in_flight:
+            return PortcullisError(ErrorCode.OVERLOADED)
+        return None
+
+
+def _sane(value: bytes | None, pattern: re.Pattern[str]) -> str | None:
+    if value is None:
+        return None
+    text = value.decode("latin-1")
+    return text if pattern.fullmatch(text) else None
+
+
+def _route(scope: Scope) -> str:
+    """The template of the path, never the path itself: labels stay few, whatever is asked for."""
+    route = scope.get("route")
+    return getattr(route, "path", "unmatched")
+
+
+def _internal(call: Call) -> Response:
+    return problems.respond(PortcullisError(ErrorCode.INTERNAL), call.request_id)

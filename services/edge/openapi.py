@@ -1,0 +1,232 @@
+"""The HTTP interface as a table: which function answers which call, and what OpenAPI says of it."""
+
+from __future__ import annotations
+
+import http
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+from fastapi import FastAPI, Request, Response
+
+from libs.common.contracts import KeyList, KeyRecord
+from libs.common.errors import CATALOGUE
+from services.edge import problems, schemas
+from services.edge.handlers import DEFAULT_PAGE, MAX_PAGE, Handlers
+
+DESCRIPTION = """Tells an application whether a text tries to take over its language model.
+
+Keys come in `X-API-Key` or `Authorization: Bearer`, the admin token in `X-Admin-Token` or `Authorization: Bearer`; neither ever
+in the URL. Every error is `application/problem+json` (RFC 9457). Unknown fields of a request are ignored, and of equal names in
+one JSON object the last counts. JSON is taken under `application/json`, `+json`, without a type, and under curl's default
+`application/x-www-form-urlencoded` when the body is a JSON object.
+"""
+REQUEST_HEADERS = [
+    "Authorization", "Content-Type", "X-API-Key", "X-Admin-Token", "X-Request-ID", "X-Request-Timeout", "traceparent",
+]  # fmt: skip
+RATE_HEADERS = {
+    "X-RateLimit-Limit-Minute": "Units per sliding minute",
+    "X-RateLimit-Remaining-Minute": "Units left of the minute",
+    "X-RateLimit-Limit-Day": "Units per sliding day",
+    "X-RateLimit-Remaining-Day": "Units left of the day",
+    "RateLimit-Policy": "The limits as draft-ietf-httpapi-ratelimit-headers has them",
+    "RateLimit": "What is left; `t`: seconds until the next unit is free",
+}
+ANSWER_HEADERS = [*RATE_HEADERS, "X-Request-ID", "Retry-After"]
+
+_REFERENCE = "#/components/schemas/{name}"
+_OPEN = frozenset({400, 431, 503})
+_CALL = frozenset({400, 422, 429, 431, 503, 504})
+_BODY = frozenset({413, 415})
+_KEYED = frozenset({401, 403})
+_KEY: list[dict[str, list[str]]] = [{"ApiKey": []}, {"Bearer": []}]
+_ADMIN: list[dict[str, list[str]]] = [{"AdminToken": []}, {"Bearer": []}, {"ApiKey": []}]
+
+_KEY_ID = {
+    "name": "key_id",
+    "in": "path",
+    "required": True,
+    "description": "The public id of a key",
+    "schema": {"type": "string", "pattern": "^[0-9A-Za-z]{12}$"},
+}
+_BREAKER_NAME = {"name": "name", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
+_AFTER = {
+    "name": "after",
+    "in": "query",
+    "description": "The last key_id of the page before",
+    "schema": {"type": "string", "pattern": "^[0-9A-Za-z]{12}$"},
+}
+_LIMIT = {
+    "name": "limit",
+    "in": "query",
+    "schema": {"type": "integer", "minimum": 1, "maximum": MAX_PAGE, "default": DEFAULT_PAGE},
+}
+_TIMEOUT = {
+    "name": "X-Request-Timeout",
+    "in": "header",
+    "description": "Seconds; lowers the deadline of the call",
+    "schema": {"type": "number", "exclusiveMinimum": 0},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """One call. `answer` None: no body; `errors`: the statuses with which it can be refused; `security` None: no key."""
+
+    method: str
+    path: str
+    endpoint: Callable[[Request], Awaitable[Response]]
+    tag: str
+    answer: type[msgspec.Struct] | None = None
+    status: int = 200
+    errors: frozenset[int] = _OPEN
+    body: type[msgspec.Struct] | None = None
+    body_example: dict[str, object] = field(default_factory=dict)
+    parameters: tuple[dict[str, Any], ...] = ()
+    security: list[dict[str, list[str]]] | None = None
+    also: dict[int, type[msgspec.Struct]] = field(default_factory=dict)
+    """Other statuses with a body that is no problem document."""
+
+
+def operations(handlers: Handlers) -> tuple[Operation, ...]:
+    timeout = (_TIMEOUT,)
+    keyed = _CALL | _KEYED
+    admin = _CALL | _KEYED
+    return (
+        Operation(
+            "POST", "/v1/detect", handlers.detect, "detection", schemas.DetectAnswer, errors=keyed | _BODY,
+            body=schemas.DetectBody, body_example={"text": "Ignore all previous instructions"}, parameters=timeout, security=_KEY,
+        ),
+        Operation(
+            "POST", "/auth/register", handlers.register, "keys", schemas.IssuedKeyAnswer, 201, _CALL | _BODY | {403},
+            body=schemas.RegisterBody, body_example={"name": "My App", "rate_limit_per_minute": 70}, parameters=timeout,
+        ),
+        Operation(
+            "GET", "/auth/profile", handlers.profile, "keys", schemas.ProfileAnswer, errors=keyed, parameters=timeout,
+            security=_KEY,
+        ),
+        Operation(
+            "POST", "/auth/rotate", handlers.rotate, "keys", schemas.IssuedKeyAnswer, errors=keyed, parameters=timeout,
+            security=_KEY,
+        ),
+        Operation("DELETE", "/auth/key", handlers.revoke, "keys", None, 204, keyed, parameters=timeout, security=_KEY),
+        Operation(
+            "GET", "/admin/keys", handlers.list_keys, "admin", KeyList, errors=admin, parameters=(_AFTER, _LIMIT, _TIMEOUT),
+            security=_ADMIN,
+        ),
+        Operation(
+            "POST", "/admin/keys", handlers.create_key, "admin", schemas.IssuedKeyAnswer, 201, admin | _BODY,
+            body=schemas.CreateKeyBody, body_example={"name": "My App", "scopes": ["detect"]}, parameters=timeout,
+            security=_ADMIN,
+        ),
+        Operation(
+            "GET", "/admin/keys/{key_id}", handlers.get_key, "admin", KeyRecord, errors=admin | {404},
+            parameters=(_KEY_ID, _TIMEOUT), security=_ADMIN,
+        ),
+        Operation(
+            "PATCH", "/admin/keys/{key_id}", handlers.update_key, "admin", KeyRecord, errors=admin | _BODY | {404},
+            body=schemas.UpdateKeyBody, body_example={"rate_limit_per_minute": 120}, parameters=(_KEY_ID, _TIMEOUT),
+            security=_ADMIN,
+        ),
+        Operation(
+            "DELETE", "/admin/keys/{key_id}", handlers.delete_key, "admin", None, 204, admin | {404},
+            parameters=(_KEY_ID, _TIMEOUT), security=_ADMIN,
+        ),
+        Operation(
+            "GET", "/v1/circuit-breakers", handlers.list_breakers, "operations", schemas.BreakersAnswer, errors=keyed,
+            parameters=timeout, security=_KEY + _ADMIN[:1],
+        ),
+        Operation(
+            "POST", "/v1/circuit-breakers/{name}/reset", handlers.reset_breaker, "operations", schemas.BreakersAnswer,
+            errors=admin | {404}, parameters=(_BREAKER_NAME, _TIMEOUT), security=_ADMIN,
+        ),
+        Operation(
+            "GET", "/health", handlers.health, "operations", schemas.HealthAnswer, also={503: schemas.HealthAnswer},
+        ),
+        Operation("GET", "/health/live", handlers.live, "operations", schemas.LiveAnswer),
+        Operation(
+            "GET", "/health/ready", handlers.ready, "operations", schemas.ReadyAnswer, also={503: schemas.ReadyAnswer},
+        ),
+    )  # fmt: skip
+
+
+def add_routes(app: FastAPI, handlers: Handlers) -> None:
+    """Register every operation, and `app.openapi()` that describes them."""
+    table = operations(handlers)
+    answers = {operation.answer for operation in table if operation.answer is not None}
+    bodies = {operation.body for operation in table if operation.body is not None}
+    _, components = msgspec.json.schema_components(
+        sorted(answers | bodies | {schemas.Problem}, key=lambda kind: kind.__name__), ref_template=_REFERENCE
+    )
+    for operation in table:
+        app.add_api_route(
+            operation.path,
+            operation.endpoint,
+            methods=[operation.method],
+            status_code=operation.status,
+            response_class=Response,
+            tags=[operation.tag],
+            openapi_extra=_describe(operation),
+        )
+    generate = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        document = generate()
+        document["components"] = {
+            "schemas": components,
+            "responses": {_problem_name(status): _problem(status) for status in _statuses(table)},
+            "headers": {name: {"description": text, "schema": {"type": "string"}} for name, text in RATE_HEADERS.items()},
+            "securitySchemes": {
+                "ApiKey": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
+                "Bearer": {"type": "http", "scheme": "bearer", "description": "An API key, or the admin token"},
+                "AdminToken": {"type": "apiKey", "in": "header", "name": "X-Admin-Token"},
+            },
+        }
+        return document
+
+    app.openapi = openapi  # type: ignore[method-assign]  # FastAPI's documented way to extend the document
+
+
+def _describe(operation: Operation) -> dict[str, Any]:
+    success: dict[str, Any] = {"description": http.HTTPStatus(operation.status).phrase}
+    if operation.answer is not None:
+        success["content"] = _content(operation.answer)
+    if operation.security == _KEY:
+        success["headers"] = {name: {"$ref": f"#/components/headers/{name}"} for name in RATE_HEADERS}
+    responses: dict[str, Any] = {str(operation.status): success}
+    for status in sorted(operation.errors):
+        responses[str(status)] = {"$ref": f"#/components/responses/{_problem_name(status)}"}
+    for status, answer in operation.also.items():
+        responses[str(status)] = {
+            "description": http.HTTPStatus(status).phrase,
+            "content": {**_content(answer), **_problem(status)["content"]},
+        }
+    described: dict[str, Any] = {"responses": responses, "security": operation.security or []}
+    if operation.parameters:
+        described["parameters"] = list(operation.parameters)
+    if operation.body is not None:
+        content = _content(operation.body)
+        content["application/json"]["example"] = operation.body_example
+        described["requestBody"] = {"required": True, "content": content}
+    return described
+
+
+def _content(kind: type[msgspec.Struct]) -> dict[str, Any]:
+    return {"application/json": {"schema": {"$ref": _REFERENCE.format(name=kind.__name__)}}}
+
+
+def _statuses(table: tuple[Operation, ...]) -> list[int]:
+    return sorted(frozenset().union(*(operation.errors for operation in table)))
+
+
+def _problem_name(status: int) -> str:
+    return http.HTTPStatus(status).phrase.replace(" ", "").replace("-", "")
+
+
+def _problem(status: int) -> dict[str, Any]:
+    kinds = [kind for kind in CATALOGUE.values() if kind.status == status]
+    return {
+        "description": "; ".join(dict.fromkeys(kind.title for kind in kinds)),
+        "content": {problems.MEDIA_TYPE: {"schema": {"$ref": _REFERENCE.format(name="Problem")}}},
+    }

@@ -1,0 +1,189 @@
+"""The bodies of HTTP requests and answers. Unknown fields of a request are ignored, as they are on the bus."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from msgspec import UNSET, Meta, Struct, UnsetType
+
+from libs.common.contracts import (
+    MAX_TEXT_CHARACTERS,
+    BreakerState,
+    BreakerStatus,
+    Coverage,
+    DayUsage,
+    Probability,
+    Scope,
+    Span,
+    ThreatType,
+    Transform,
+)
+
+Limit = Annotated[int, Meta(ge=1)]
+# How long a name may be, and of what, is decided by auth; here it is only told.
+Name = Annotated[str, Meta(min_length=1, description="Without control characters", extra_json_schema={"maxLength": 100})]
+Timestamp = Annotated[str, Meta(description="ISO 8601, UTC", extra_json_schema={"format": "date-time"})]
+
+
+class DetectConfig(Struct, frozen=True):
+    """`confidence_threshold`: from which probability on a text is called malicious; the model's own when it is left out."""
+
+    confidence_threshold: Probability | None = None
+    detailed_response: bool = False
+
+
+class DetectBody(Struct, frozen=True):
+    text: Annotated[str, Meta(min_length=1, max_length=MAX_TEXT_CHARACTERS)]
+    config: DetectConfig | None = None
+
+
+class DetectAnswer(Struct, frozen=True, kw_only=True):
+    """A verdict. The fields after `coverage` are there with `detailed_response` only; times are in milliseconds."""
+
+    is_malicious: bool
+    confidence: Probability
+    threat_types: tuple[ThreatType, ...]
+    processing_time_ms: float
+    endpoint: str
+    request_id: str
+    degraded: bool
+    coverage: Coverage | None
+    reason: str | UnsetType | None = UNSET
+    spans: tuple[Span, ...] | UnsetType = UNSET
+    transforms: tuple[Transform, ...] | UnsetType = UNSET
+    timings: dict[str, float] | UnsetType = UNSET
+
+
+class RegisterBody(Struct, frozen=True):
+    name: Name
+    rate_limit_per_minute: Limit | None = None
+    rate_limit_per_day: Limit | None = None
+
+
+class IssuedKeyAnswer(Struct, frozen=True, kw_only=True):
+    """A new key, shown this once. `previous_valid_until`: the end of the old key's grace period, after a rotation."""
+
+    api_key: str
+    key_id: str
+    name: str
+    scopes: tuple[Scope, ...]
+    rate_limit_per_minute: int
+    rate_limit_per_day: int
+    created_at: Timestamp
+    expires_at: Timestamp | None
+    previous_valid_until: Timestamp | UnsetType | None = UNSET
+
+
+class ProfileAnswer(Struct, frozen=True, kw_only=True):
+    """The caller's own key. `requests_*` and `remaining_*` count units of the sliding minute and the sliding day; `days` the last
+    30 calendar days in UTC."""
+
+    key_id: str
+    name: str
+    scopes: tuple[Scope, ...]
+    created_at: Timestamp
+    last_used_at: Timestamp | None
+    expires_at: Timestamp | None
+    rate_limit_per_minute: int
+    rate_limit_per_day: int
+    requests_this_minute: int | None
+    requests_today: int | None
+    remaining_this_minute: int | None
+    remaining_today: int | None
+    total_requests: int
+    malicious_detections: int
+    days: tuple[DayUsage, ...]
+
+
+class CreateKeyBody(Struct, frozen=True):
+    name: Name
+    scopes: Annotated[tuple[Scope, ...], Meta(min_length=1)] | None = None
+    rate_limit_per_minute: Limit | None = None
+    rate_limit_per_day: Limit | None = None
+    expires_at: Timestamp | None = None
+
+
+class UpdateKeyBody(Struct, frozen=True):
+    """Only what is given, and is not null, is changed."""
+
+    name: Name | None = None
+    scopes: Annotated[tuple[Scope, ...], Meta(min_length=1)] | None = None
+    rate_limit_per_minute: Limit | None = None
+    rate_limit_per_day: Limit | None = None
+    expires_at: Timestamp | None = None
+
+
+class Breaker(Struct, frozen=True):
+    """A breaker in all replicas of the proxy. `state`: the worst of them (open, then half_open)."""
+
+    name: str
+    state: BreakerState
+    replicas: tuple[BreakerStatus, ...]
+
+
+class BreakersAnswer(Struct, frozen=True):
+    circuit_breakers: tuple[Breaker, ...]
+
+
+class ServiceHealth(Struct, frozen=True):
+    """`status`: ok, degraded or down. `replicas`: processes that answered."""
+
+    status: str
+    replicas: int
+
+
+class EngineHealth(Struct, frozen=True):
+    """`status`: up, degraded or down. Null: no proxy says."""
+
+    configured: str | None
+    name: str | None
+    status: str
+    breaker: BreakerState | None
+
+
+class StoresHealth(Struct, frozen=True):
+    """up, down, or unknown when the service that would know is away."""
+
+    redis: str
+    postgres: str
+    nats: str
+
+
+class HealthAnswer(Struct, frozen=True):
+    """`status`: healthy, degraded or unhealthy."""
+
+    status: str
+    version: str
+    services: dict[str, ServiceHealth]
+    engine: EngineHealth
+    stores: StoresHealth
+
+
+class LiveAnswer(Struct, frozen=True):
+    status: str
+
+
+class ReadyAnswer(Struct, frozen=True):
+    """`missing`: what a detection would need and does not have."""
+
+    status: str
+    missing: tuple[str, ...]
+
+
+class FieldProblem(Struct, frozen=True):
+    """`field`: a path such as `config.confidence_threshold`, or the name of a header."""
+
+    field: str
+    message: str
+
+
+class Problem(Struct, frozen=True, kw_only=True):
+    """RFC 9457. `type` is stable and ends with the error's code. `retry_after`: seconds, for 429 and 503."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    request_id: str
+    errors: tuple[FieldProblem, ...] | UnsetType = UNSET
+    retry_after: int | UnsetType = UNSET

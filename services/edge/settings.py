@@ -1,0 +1,59 @@
+"""The edge's configuration: where it listens, what it accepts, how much at a time."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from libs.common.settings import CommonSettings
+
+
+def _listed(value: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in value.split(",") if part.strip())
+
+
+class EdgeSettings(CommonSettings):
+    """`PORTCULLIS_*`; lists are separated by commas."""
+
+    edge_host: str = "127.0.0.1"
+    edge_port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    edge_socket_fd: Annotated[int, Field(ge=0)] | None = None
+    """A listening socket that this process has inherited; all replicas may share one. Host and port are not used then."""
+
+    allowed_hosts: str = "localhost,127.0.0.1,[::1]"
+    """Names in the Host header that are answered (without port). `*.example.com`: its subdomains; `*`: any."""
+    cors_origins: str = ""
+    """Origins whose pages may call the API from a browser; `*`: any."""
+    trusted_proxies: str = ""
+    """Addresses or networks whose X-Forwarded-For is believed; without it the caller's address is the connection's."""
+
+    request_timeout_seconds: Annotated[float, Field(gt=0, le=300)] = 10.0
+    """The deadline of a call; `X-Request-Timeout` may lower it."""
+    header_timeout_seconds: Annotated[float, Field(gt=0)] = 10.0
+    body_timeout_seconds: Annotated[float, Field(gt=0)] = 10.0
+    keep_alive_seconds: Annotated[int, Field(ge=1)] = 75
+    """How long an idle connection is kept; longer than load balancers keep theirs, so that they close first."""
+    edge_stop_grace_seconds: Annotated[float, Field(ge=0)] = 1.5
+    """On SIGTERM, how long idle connections stay open for one more request, which is answered with `Connection: close`."""
+
+    max_header_bytes: Annotated[int, Field(ge=1024)] = 16 * 1024
+    max_body_bytes: Annotated[int, Field(ge=1024)] = 1_310_720
+    """The largest legal text is 100 000 characters as surrogate pairs, `\\uXXXX\\uXXXX`: 1 200 000 bytes; and some around it."""
+    edge_max_in_flight: Annotated[int, Field(ge=1)] = 512
+    """Calls worked on at a time; further ones are refused at once."""
+    edge_max_buffered_bytes: Annotated[int, Field(ge=1024)] = 64 * 1024**2
+    """Bytes of all bodies held at a time."""
+    edge_max_connections: Annotated[int, Field(ge=1)] = 10_000
+
+    @property
+    def allowed_host_names(self) -> tuple[str, ...]:
+        return tuple(name.lower() for name in _listed(self.allowed_hosts))
+
+    @property
+    def cors_origin_names(self) -> tuple[str, ...]:
+        return _listed(self.cors_origins)
+
+    @property
+    def trusted_proxy_networks(self) -> tuple[str, ...]:
+        return _listed(self.trusted_proxies)

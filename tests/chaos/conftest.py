@@ -1,0 +1,75 @@
+"""Whole stacks. Each is started once and shared; a test leaves it running as it found it."""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.chaos.kit import SERVERS, Stack, callers, register
+from tests.conftest import free_port
+
+# Everybody registers from one address here, and the defaults would be in the way.
+ROOMY = {
+    "PORTCULLIS_REGISTER_PER_HOUR": "100000",
+    "PORTCULLIS_REGISTER_MAX_PER_MINUTE": "1000000",
+    "PORTCULLIS_REGISTER_MAX_PER_DAY": "1000000000",
+}
+
+
+@contextmanager
+def _stack(**fields: object) -> Iterator[Stack]:
+    with tempfile.TemporaryDirectory(prefix="pc-") as home:
+        stack = Stack(home=Path(home), **fields)  # type: ignore[arg-type]
+        try:
+            stack.up()
+            stack.key = asyncio.run(_key(stack))
+            yield stack
+        finally:
+            stack.run("down", check=False)
+
+
+async def _key(stack: Stack) -> str:
+    async with callers(stack) as session:
+        return await register(session, rate_limit_per_minute=1_000_000, rate_limit_per_day=1_000_000_000)
+
+
+@pytest.fixture(scope="session")
+def stack() -> Iterator[Stack]:
+    """One of each, with the fallback pool as the engine."""
+    with _stack(environment=ROOMY) as stack:
+        yield stack
+
+
+@pytest.fixture(scope="session")
+def pairs() -> Iterator[Stack]:
+    """Two of each service."""
+    services = ("edge", "auth", "limiter", "detector_proxy", "fallback_model")
+    with _stack(environment=ROOMY, scale=dict.fromkeys(services, 2)) as stack:
+        for name in services:
+            assert len(stack.pids(name)) == 2
+        for name in SERVERS:
+            assert len(stack.pids(name)) == 1
+        yield stack
+
+
+@pytest.fixture(scope="session")
+def engine_port() -> int:
+    return free_port()
+
+
+@pytest.fixture(scope="session")
+def engine_stack(engine_port: int) -> Iterator[Stack]:
+    """One of each, with a primary engine expected on `engine_port`."""
+    environment = ROOMY | {
+        "PORTCULLIS_ENGINE_URL": f"http://127.0.0.1:{engine_port}",
+        "PORTCULLIS_ENGINE_KIND": "detect",
+        "PORTCULLIS_ENGINE_NAME": "hostile-engine",
+        "PORTCULLIS_ENGINE_TIMEOUT_SECONDS": "1",
+    }
+    with _stack(environment=environment) as stack:
+        yield stack
