@@ -333,7 +333,12 @@ class Bus:
             # A last forward may still be answered "no responders"; that answer is on its way back before this flush returns.
             await self.publish(EVENT_LEFT, InstanceLeft(service=self.service, instance=self.instance))
             await self._settle()
-        await self.broker.stop()
+        connection = self.broker._connection
+        # A connection that is being made again cannot be drained, says nats-py; it holds nothing that could be.
+        with contextlib.suppress(nats.errors.ConnectionReconnectingError, nats.errors.ConnectionClosedError):
+            await self.broker.stop()
+        if connection is not None and not connection.is_closed:
+            await connection.close()
 
     # --- asking ----------------------------------------------------------------------------------------------------------
 

@@ -60,6 +60,7 @@ def build(stages: Stages, settings: EdgeSettings) -> Gate:
     )
     app.router.route_class = _PlainRoute
     openapi.add_routes(app, handlers)
+    app.add_api_route("/metrics", handlers.metrics, include_in_schema=False)
     pages.add_pages(app)
     if settings.cors_origin_names:
         app.add_middleware(

@@ -78,6 +78,10 @@ CHANNELS = (
         every_replica=True,
     ),
     Channel(
+        subjects.EVENT_LEFT, contracts.InstanceLeft, "anyone", "edge", "A process leaves, with nothing in hand",
+        every_replica=True,
+    ),
+    Channel(
         subjects.USAGE_RECORDED, contracts.UsageRecorded, "detector_proxy", "auth",
         f"An admitted call, kept by the JetStream stream {subjects.USAGE_STREAM} until it is counted",
     ),
@@ -97,7 +101,7 @@ _HEADERS = {
 
 def document() -> dict[str, Any]:
     """The AsyncAPI document, as JSON has it."""
-    names = [kind.__name__ for kind in (*_kinds(), contracts.Reply)]
+    names = [*(kind.__name__ for kind in _kinds()), contracts.Reply.__name__]
     return {
         "asyncapi": "3.0.0",
         "info": {

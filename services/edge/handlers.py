@@ -70,6 +70,17 @@ _KEY_LIST = msgspec.json.Decoder(KeyList)
 _BREAKER_REPORT = msgspec.json.Decoder(BreakerReport)
 _REPLY = msgspec.json.Decoder(Reply)
 
+_IDEMPOTENT = frozenset(
+    {
+        subjects.DETECT_REQUEST,
+        subjects.ACCOUNT_PROFILE,
+        subjects.ADMIN_KEYS_LIST,
+        subjects.ADMIN_KEYS_GET,
+        subjects.ADMIN_KEYS_UPDATE,
+    }
+)
+"""What does no harm when it is done twice: the bus may send it again when a stage dies with it."""
+
 _DEFAULT_CONFIG = DetectConfig()
 _encode = msgspec.json.Encoder().encode
 
@@ -162,8 +173,8 @@ class Handlers:
                 rate_limit_per_day=record.rate_limit_per_day,
                 requests_this_minute=rate.limit_minute - rate.remaining_minute if rate else None,
                 requests_today=rate.limit_day - rate.remaining_day if rate else None,
-                remaining_minute=rate.remaining_minute if rate else None,
-                remaining_day=rate.remaining_day if rate else None,
+                remaining_this_minute=rate.remaining_minute if rate else None,
+                remaining_today=rate.remaining_day if rate else None,
                 total_requests=record.total_requests,
                 malicious_detections=record.malicious_detections,
                 days=record.days,
@@ -324,7 +335,7 @@ class Handlers:
             return core.decode_json(body, decoder)
 
     async def _ask(self, subject: str, message: Message, context: RequestContext) -> Answered:
-        answered = await self._stages.request(subject, message, context)
+        answered = await self._stages.request(subject, message, context, idempotent=subject in _IDEMPOTENT)
         reply = answered.reply
         if reply.error is not None:
             raise Refused(problems.from_reply(reply.error), reply.rate)

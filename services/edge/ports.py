@@ -23,13 +23,14 @@ class Answered(Protocol):
 class Stages(Protocol):
     """The stages behind the edge; `libs.common.bus.Bus` is one."""
 
-    clock: Clock
+    @property
+    def clock(self) -> Clock: ...
 
     @property
     def connected(self) -> bool: ...
 
-    async def request(self, subject: str, message: Message, context: RequestContext) -> Answered:
-        """Raises `PortcullisError` when no reply comes; a refusal is a reply."""
+    async def request(self, subject: str, message: Message, context: RequestContext, *, idempotent: bool = False) -> Answered:
+        """Raises `PortcullisError` when no reply comes; a refusal is a reply. `idempotent`: may be sent twice."""
         ...
 
     async def gather(

@@ -20,6 +20,8 @@ from libs.common.contracts import (
 )
 
 Limit = Annotated[int, Meta(ge=1)]
+# How long a name may be, and of what, is decided by auth; here it is only told.
+Name = Annotated[str, Meta(min_length=1, description="Without control characters", extra_json_schema={"maxLength": 100})]
 Timestamp = Annotated[str, Meta(description="ISO 8601, UTC", extra_json_schema={"format": "date-time"})]
 
 
@@ -53,7 +55,7 @@ class DetectAnswer(Struct, frozen=True, kw_only=True):
 
 
 class RegisterBody(Struct, frozen=True):
-    name: Annotated[str, Meta(min_length=1)]
+    name: Name
     rate_limit_per_minute: Limit | None = None
     rate_limit_per_day: Limit | None = None
 
@@ -86,15 +88,15 @@ class ProfileAnswer(Struct, frozen=True, kw_only=True):
     rate_limit_per_day: int
     requests_this_minute: int | None
     requests_today: int | None
-    remaining_minute: int | None
-    remaining_day: int | None
+    remaining_this_minute: int | None
+    remaining_today: int | None
     total_requests: int
     malicious_detections: int
     days: tuple[DayUsage, ...]
 
 
 class CreateKeyBody(Struct, frozen=True):
-    name: Annotated[str, Meta(min_length=1)]
+    name: Name
     scopes: Annotated[tuple[Scope, ...], Meta(min_length=1)] | None = None
     rate_limit_per_minute: Limit | None = None
     rate_limit_per_day: Limit | None = None
@@ -104,7 +106,7 @@ class CreateKeyBody(Struct, frozen=True):
 class UpdateKeyBody(Struct, frozen=True):
     """Only what is given, and is not null, is changed."""
 
-    name: Annotated[str, Meta(min_length=1)] | None = None
+    name: Name | None = None
     scopes: Annotated[tuple[Scope, ...], Meta(min_length=1)] | None = None
     rate_limit_per_minute: Limit | None = None
     rate_limit_per_day: Limit | None = None

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Generator
 from contextlib import asynccontextmanager
 from typing import Any
 
+import httptools
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
@@ -38,6 +39,9 @@ class Protocol(HttpToolsProtocol):
 
     _receiving_headers = False
     _receiving_body = False
+    _message_ended = False
+    _deaf = False
+    _resuming = False
     _header_bytes = 0
     _header_timer: asyncio.TimerHandle | None = None
     _linger_timer: asyncio.TimerHandle | None = None
@@ -57,31 +61,53 @@ class Protocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        if self.transport.is_closing():
+        if self._deaf or self.transport.is_closing():
             return
-        super().data_received(data)
+        self._unset_keepalive_if_required()
+        self._message_ended = False
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            self._decline_upgrade(data[upgrade.args[0] :])
+        except httptools.HttpParserError:
+            self._refuse(PortcullisError(ErrorCode.BAD_REQUEST))
         if not self._receiving_headers:
             return
-        # Not all of the headers came at once: they have so much time and room.
-        self._header_bytes += len(data)
+        # Not all of the headers came at once: they have so much time and room. (What a message ended in was not all headers.)
+        if not self._message_ended:
+            self._header_bytes += len(data)
         if self._header_bytes > 2 * self.settings.max_header_bytes:
             self._refuse(PortcullisError(ErrorCode.HEADERS_TOO_LARGE))
         elif self._header_timer is None:
             self._header_timer = self.loop.call_later(self.settings.header_timeout_seconds, self._headers_too_slow)
 
     def on_message_begin(self) -> None:
-        self._receiving_headers = True
-        super().on_message_begin()
+        if not self._resuming:
+            self._receiving_headers = True
+            super().on_message_begin()
+
+    def on_url(self, url: bytes) -> None:
+        if not self._resuming:
+            super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if not self._resuming:
+            super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
+        if self._resuming:
+            return
         self._receiving_headers = False
-        self._receiving_body = True
         self._header_bytes = 0
         self._cancel_header_timer()
         super().on_headers_complete()
+        self._receiving_body = True
 
     def on_message_complete(self) -> None:
+        if self.parser.should_upgrade():
+            return  # its body is still to come, see below
         self._receiving_body = False
+        self._message_ended = True
         self._cancel_linger_timer()
         super().on_message_complete()
 
@@ -90,24 +116,38 @@ class Protocol(HttpToolsProtocol):
             self._linger_timer = self.loop.call_later(LINGER_SECONDS, self.transport.close)
         super().on_response_complete()
 
-    def send_400_response(self, msg: str) -> None:
-        self._refuse(PortcullisError(ErrorCode.BAD_REQUEST))
+    def _decline_upgrade(self, rest: bytes) -> None:
+        """Go on in HTTP/1.1 when an upgrade was asked for, as some clients do with every request (`Upgrade: h2c`).
 
-    def _unsupported_upgrade_warning(self) -> None:
-        # The parser takes nothing more on this connection once an upgrade was asked for; HTTP/1.1 is what we speak.
-        if self.cycle is not None:
-            self.cycle.keep_alive = False
+        The parser stops after such a request's headers; another one takes over at its body, told how long that is.
+        """
+        framing = [b"%b: %b\r\n" % header for header in self.headers if header[0] in (b"content-length", b"transfer-encoding")]
+        self.parser = httptools.HttpRequestParser(self)
+        self._resuming = True
+        self.parser.feed_data(b"POST / HTTP/1.1\r\n" + b"".join(framing) + b"\r\n")
+        self._resuming = False
+        if rest:
+            self.data_received(rest)
 
     def _headers_too_slow(self) -> None:
         self._refuse(PortcullisError(ErrorCode.BAD_REQUEST, "The headers did not arrive in time."))
 
     def _refuse(self, error: PortcullisError) -> None:
-        """Answer something that never became a request, and close."""
+        """Answer something that never became a whole request, and close.
+
+        What is wrong may follow requests that are being answered; the refusal must not be taken for the answer to one of those.
+        """
         self._receiving_headers = False
         self._cancel_header_timer()
         if self.transport.is_closing():
             return
-        if self.cycle is None or self.cycle.response_complete:
+        answering = self.cycle is not None and not self.cycle.response_complete
+        if answering and not self._receiving_body:
+            self._deaf = True
+            self.cycle.keep_alive = False
+            return
+        begun = self._receiving_body and self.cycle.response_started
+        if not begun and not self.pipeline:
             request_id = new_request_id()
             body = problems.document(error, request_id)
             retry = b"retry-after: %d\r\n" % error.retry_after if error.retry_after is not None else b""

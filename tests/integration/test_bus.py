@@ -6,12 +6,14 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
 
 import msgspec
 import nats
 import pytest
 from pydantic import SecretStr
 
+from infra.embedded import servers
 from infra.embedded.servers import Server
 from libs.common import contracts, subjects
 from libs.common.bus import Answer, Bus, Forward, NoRespondersError, origin_of
@@ -19,7 +21,7 @@ from libs.common.context import RequestContext, new_request_id, new_traceparent
 from libs.common.contracts import Message
 from libs.common.errors import ErrorCode, PortcullisError
 from libs.common.settings import CommonSettings
-from tests.conftest import OPERATOR
+from tests.conftest import OPERATOR, free_port, running
 
 MakeBus = Callable[[str], Bus]
 
@@ -300,3 +302,16 @@ def test_origin_is_what_is_behind_the_last_stage() -> None:
     assert origin_of("_INBOX.limiter.c._INBOX.edge.a.1") == "_INBOX.edge.a.1"
     for forged in (None, "", "detect.v1.request", "_INBOX", "_INBOX.>", "_INBOX.a b", "$JS.API.STREAM.DELETE.USAGE"):
         assert origin_of(forged) is None
+
+
+async def test_a_drain_without_a_server_comes_to_an_end(tmp_path: Path, nats_passwords: dict[str, str]) -> None:
+    server = servers.nats(tmp_path, free_port(), nats_passwords)
+    bus = Bus("edge", CommonSettings(nats_url=server.url, nats_user="edge", nats_password=SecretStr(nats_passwords["edge"])))
+    with running(server):
+        await bus.connect()
+        await bus.start()
+    async with asyncio.timeout(10):
+        while bus.connected:
+            await asyncio.sleep(0.01)
+        await bus.drain()
+    assert bus.closed.is_set()
