@@ -7,7 +7,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -69,8 +69,11 @@ def _file_tail(path: Path, lines: int) -> list[Line]:
     return sorted(found)
 
 
-def follow(folder: Path, pattern: str) -> Iterator[Line]:
-    """New lines of the logs in `folder` that match, as they come, for ever; follows rotation and new files."""
+def follow(folder: Path, pattern: str, wait: Callable[[], None] = lambda: time.sleep(_POLL_SECONDS)) -> Iterator[Line]:
+    """New lines of the logs in `folder` that match, as they come, for ever; follows rotation and new files.
+
+    `wait` is called when there is nothing new.
+    """
     opened: dict[Path, IO[str]] = {}
     for path in folder.glob(pattern):
         opened[path] = path.open(errors="replace")
@@ -81,14 +84,20 @@ def follow(folder: Path, pattern: str) -> Iterator[Line]:
             file = opened.get(path)
             if file is None:
                 file = opened[path] = path.open(errors="replace")
-            while text := file.readline():
+            while True:
+                position = file.tell()
+                text = file.readline()
+                if not text.endswith("\n"):  # nothing, or a line that is still being written
+                    file.seek(position)
+                    break
                 quiet = False
                 yield read_line(path.stem, text.rstrip("\n"), time.time())
             if path.exists() and path.stat().st_ino != _inode(file):
                 file.close()
                 opened[path] = path.open(errors="replace")
+                quiet = False
         if quiet:
-            time.sleep(_POLL_SECONDS)
+            wait()
 
 
 def _inode(file: IO[str]) -> int:

@@ -98,9 +98,10 @@ def nats(home: Path, port: int, passwords: dict[str, str]) -> Server:
 def redis(home: Path, port: int, password: str) -> Server:
     """Redis in `home`, with an append-only file so that used limits survive a restart."""
     path = home / "redis.conf"
+    quoted = json.dumps(str(home), ensure_ascii=False)  # Redis reads "…" with the same escapes
     write_private(
         path,
-        f"bind {HOST}\nport {port}\nrequirepass {password}\ndir {home}\nappendonly yes\nappendfsync everysec\n"
+        f"bind {HOST}\nport {port}\nrequirepass {password}\ndir {quoted}\nappendonly yes\nappendfsync everysec\n"
         'save ""\nmaxmemory 256mb\nmaxmemory-policy volatile-ttl\ndaemonize no\n',
     )
     return Server("redis", (_binary("redis-server"), str(path)), f"redis://:{password}@{HOST}:{port}/0", port)

@@ -27,6 +27,8 @@ DRAIN_SECONDS = 20
 EDGE_BACKLOG = 2048
 """Connections that wait while the edge is busy or restarts; the kernel cuts it to net.core.somaxconn."""
 
+LOOPBACK = ("127.0.0.1", "localhost")
+
 LOG_BYTES = 10_000_000
 LOG_BACKUPS = 2
 
@@ -138,6 +140,9 @@ def plan(home: Home, environment: Mapping[str, str], scale: Mapping[str, int]) -
         wanted["PORTCULLIS_DATABASE_URL"] = server.url
     wanted.setdefault("PORTCULLIS_KEY_PEPPER", home.secret("key-pepper"))
     wanted.setdefault("PORTCULLIS_ADMIN_TOKEN", home.secret("admin-token"))
+    if edge_host in LOOPBACK:
+        # Whoever reaches the gateway may register a key: fine on this machine alone, and not a default for anybody else's.
+        wanted.setdefault("PORTCULLIS_REGISTRATION", "open")
     programs = [Program(server.name, server.command, group="servers", stop_signal=server.stop_signal) for server in running]
     for name in SERVICES:
         own = {variable: value for variable, value in wanted.items() if _is_for(variable, name)} | users.get(name, {})
@@ -189,20 +194,20 @@ PRIORITIES = {"servers": 10, "services": 20, "edge": 30}
 def configuration(home: Home, programs: tuple[Program, ...]) -> str:
     """supervisord's configuration for these programs. It holds no secret."""
     for path in (str(home.path), str(ROOT), sys.executable):
-        if " ;" in path or " #" in path or "\n" in path:
-            raise HomeError(f"{path!r} holds ' #' or ' ;', which start a comment for supervisor; use a folder without them")
+        if any(special in path for special in ("%", " ;", " #", "\n")):
+            raise HomeError(f"{path!r} holds a character that supervisor would interpret (%, ' #' or ' ;'); use another folder")
     sections = [
         {
             "": "supervisord",
             "nodaemon": "true",
             "silent": "true",
-            "logfile": _text(home.logs / "supervisor.log"),
+            "logfile": str(home.logs / "supervisor.log"),
             "logfile_maxbytes": str(LOG_BYTES),
             "logfile_backups": str(LOG_BACKUPS),
-            "pidfile": _text(home.path / "supervisord.pid"),
-            "directory": _text(ROOT),
+            "pidfile": str(home.path / "supervisord.pid"),
+            "directory": str(ROOT),
         },
-        {"": "unix_http_server", "file": _text(home.supervisor_socket()), "chmod": "0600"},
+        {"": "unix_http_server", "file": str(home.supervisor_socket()), "chmod": "0600"},
         {
             "": "rpcinterface:supervisor",
             "supervisor.rpcinterface_factory": "supervisor.rpcinterface:make_main_rpcinterface",
@@ -232,11 +237,11 @@ def _program_section(home: Home, program: Program) -> dict[str, str]:
         "": f"{'fcgi-' if program.listen else ''}program:{program.name}",
         "command": " ".join(
             [
-                *(_text(shlex.quote(part)) for part in child),
+                *map(shlex.quote, child),
                 "--starts",
-                _text(shlex.quote(str(home.starts))) + f"/{process}",
+                shlex.quote(f"{home.starts}/") + process,
                 "--",
-                *(_text(shlex.quote(part)) for part in program.command),
+                *map(shlex.quote, program.command),
             ]
         ),
         "process_name": process,
@@ -250,7 +255,7 @@ def _program_section(home: Home, program: Program) -> dict[str, str]:
         "stopwaitsecs": str(DRAIN_SECONDS),
         "killasgroup": "true",
         "redirect_stderr": "true",
-        "stdout_logfile": f"{_text(home.logs)}/{process}.log",
+        "stdout_logfile": f"{home.logs}/{process}.log",
         "stdout_logfile_maxbytes": str(LOG_BYTES),
         "stdout_logfile_backups": str(LOG_BACKUPS),
     }
@@ -262,8 +267,3 @@ def _program_section(home: Home, program: Program) -> dict[str, str]:
             "environment": 'PORTCULLIS_EDGE_SOCKET_FD="0"',
         }
     return section
-
-
-def _text(value: object) -> str:
-    """A value in supervisord's configuration, where % begins an expansion."""
-    return str(value).replace("%", "%%")

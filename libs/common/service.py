@@ -79,7 +79,9 @@ async def _serve(service: str, settings: S, parts: Parts[S], front: Front[S]) ->
         await outside.enter_async_context(front(bus, settings))
         if not await _unless(stop, connect(bus, settings)):
             return 0
-        async with parts(bus, settings):
+        async with AsyncExitStack() as inside:
+            if not await _entered(stop, inside, parts(bus, settings)):
+                return 0
             await bus.start()
             log.info("ready")
             lost = asyncio.ensure_future(bus.closed.wait())
@@ -99,6 +101,30 @@ async def _serve(service: str, settings: S, parts: Parts[S], front: Front[S]) ->
 @asynccontextmanager
 async def _nothing(_: Bus, __: CommonSettings) -> AsyncIterator[None]:
     yield
+
+
+async def _entered(stop: asyncio.Event, stack: AsyncExitStack, parts: AbstractAsyncContextManager[None]) -> bool:
+    """Enter `parts`, which may wait for servers that are not there yet; False when the signal to stop came first.
+
+    In this very task, unlike `_unless`: what is entered here is left here, and a task group or a timeout minds the difference.
+    """
+    stopped = asyncio.ensure_future(stop.wait())
+    try:
+        async with asyncio.timeout(None) as limit:
+
+            def give_up(_: object) -> None:
+                limit.reschedule(0.0)
+
+            stopped.add_done_callback(give_up)
+            await stack.enter_async_context(parts)
+    except TimeoutError:
+        if not limit.expired():
+            raise
+        return False
+    finally:
+        stopped.remove_done_callback(give_up)
+        stopped.cancel()
+    return True
 
 
 async def _unless(stop: asyncio.Event, work: Coroutine[object, object, None]) -> bool:

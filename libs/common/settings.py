@@ -36,6 +36,9 @@ def load(settings: type[SettingsT]) -> SettingsT:
     except ValidationError as error:
         for problem in error.errors(include_input=False, include_url=False):
             name = "_".join(str(part) for part in problem["loc"]).upper()
+            if not name:  # about several variables together; the message names them
+                print(f"portcullis: {problem['msg'].removeprefix('Value error, ')}", file=sys.stderr)  # noqa: T201
+                continue
             prefix = "" if name.startswith("PORTCULLIS_") else "PORTCULLIS_"
             print(f"portcullis: {prefix}{name}: {problem['msg']}; set it in the environment", file=sys.stderr)  # noqa: T201
         raise SystemExit(2) from None

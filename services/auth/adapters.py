@@ -27,7 +27,7 @@ from libs.common.errors import PortcullisError
 from libs.common.service import ConfigurationError
 from libs.common.subjects import EVENT_KEY_CHANGED, USAGE_STREAM
 from services.auth.cache import STALE_SECONDS, KeyCache
-from services.auth.core import KeyChanges, Position, StoredKey, StoreUnavailableError, Usage, UsageBatch
+from services.auth.core import KeyChanges, Position, StoredKey, StoreRefusesError, StoreUnavailableError, Usage, UsageBatch
 from services.auth.models import ApiKey, KeyDay, KeyTotals, UsagePosition
 from services.auth.ports import PositionMovedError, UsageLedger
 
@@ -94,10 +94,11 @@ def make_engine(url: URL, *, pool_size: int | None, statement_timeout_seconds: f
     )
 
 
-# Failures of the connection rather than of the statement: SQLSTATE classes 08 (connection), 53 (insufficient resources), 57
-# (operator intervention: shutdown, starting up, statement timeout) and 55P03 (lock timeout).
-# https://www.postgresql.org/docs/current/errcodes-appendix.html
-_AWAY_CLASSES: Final = ("08", "53", "57", "55P03")
+# SQLSTATEs that tell of the connection rather than of the statement: classes 08 (connection), 53 (insufficient resources), 57
+# (operator intervention: shutdown, starting up, statement timeout), 55P03 (lock timeout), and for `_REFUSES` 28 (invalid
+# authorization), 3D000 (no such database). https://www.postgresql.org/docs/current/errcodes-appendix.html
+_AWAY: Final = ("08", "53", "57", "55P03")
+_REFUSES: Final = ("28", "3D000")
 
 
 @contextmanager
@@ -109,13 +110,14 @@ def translated() -> Iterator[None]:
         raise StoreUnavailableError("no free connection to PostgreSQL") from None
     except sqlalchemy.exc.DBAPIError as error:
         state = getattr(error.orig, "sqlstate", None) or ""
-        if error.connection_invalidated or isinstance(error, sqlalchemy.exc.InterfaceError) or state.startswith(_AWAY_CLASSES):
-            raise StoreUnavailableError(f"PostgreSQL: {type(error.orig).__name__} {state}") from None
+        internal = f"PostgreSQL: {type(error.orig).__name__} {state}"
+        if state.startswith(_REFUSES):
+            raise StoreRefusesError(internal) from None
+        if error.connection_invalidated or isinstance(error, sqlalchemy.exc.InterfaceError) or state.startswith(_AWAY):
+            raise StoreUnavailableError(internal) from None
         raise
-    except (asyncpg.PostgresError, asyncpg.InterfaceError) as error:
-        # While a connection is made, asyncpg's own errors come through.
-        raise StoreUnavailableError(f"PostgreSQL: {type(error).__name__}") from None
-    except OSError as error:  # TimeoutError among them
+    except (asyncpg.PostgresConnectionError, asyncpg.InterfaceError, OSError) as error:
+        # From asyncpg itself, past SQLAlchemy. TimeoutError is an OSError.
         raise StoreUnavailableError(f"PostgreSQL: {type(error).__name__}") from None
 
 
@@ -288,7 +290,14 @@ class PostgresLedgers:
             async with self._engine.connect() as connection:
                 async with asyncio.timeout(OPERATION_TIMEOUT_SECONDS), connection.begin():
                     held = await connection.scalar(select(func.pg_try_advisory_lock(USAGE_LOCK)))
-                yield PostgresLedger(connection) if held else None
+                if not held:
+                    yield None
+                    return
+                try:
+                    yield PostgresLedger(connection)
+                finally:
+                    # The lock goes with the connection, which must not get back into the pool with it.
+                    await connection.invalidate()
 
 
 class PostgresLedger:

@@ -25,14 +25,18 @@ from libs.common.contracts import (
     KeyChanged,
     RegisterRequest,
 )
+from libs.common.service import ConfigurationError
 from services.auth import handlers
-from services.auth.adapters import BusAnnouncer, PostgresCheck, PostgresKeys, engine_url, make_engine
+from services.auth.adapters import BusAnnouncer, PostgresCheck, PostgresKeys, PostgresLedgers, engine_url, make_engine
 from services.auth.cache import Authenticator, KeyCache
-from services.auth.core import Caps, StoreUnavailableError
+from services.auth.core import Caps, StoreRefusesError, StoreUnavailableError
 from services.auth.handlers import Finisher, Keys, Policy, finished
 from services.auth.health import StoreHealth
 from services.auth.migrate import migrate
+from services.auth.ports import StreamError
 from services.auth.settings import AuthSettings
+from services.auth.stream import JetStreamUsage
+from services.auth.usage import UsageCounter
 
 log = logging.getLogger(__name__)
 
@@ -76,6 +80,14 @@ async def parts(bus: Bus, settings: AuthSettings) -> AsyncIterator[None]:
         _register_calls(bus, use, finisher)
 
         await stack.enter_async_context(_background(health.watch(PostgresCheck(own_engine).check)))
+        usage = JetStreamUsage(bus, settings.usage_stream_bytes)
+        try:
+            # Before the first request, so that its event finds a stream.
+            await usage.state()
+        except StreamError as error:
+            log.warning("usage is not counted yet: %s", error)
+        counter = UsageCounter(usage, PostgresLedgers(own_engine), clock, retention_days=settings.usage_retention_days)
+        await stack.enter_async_context(_background(counter.run()))
         yield
 
 
@@ -88,6 +100,10 @@ async def _migrate_when_there(url: URL) -> None:
     while True:
         try:
             await migrate(url)
+        except StoreRefusesError:
+            raise ConfigurationError(
+                "PostgreSQL refuses the user or has no such database; check PORTCULLIS_DATABASE_URL"
+            ) from None
         except StoreUnavailableError as error:
             if not waiting:
                 log.warning("waiting for PostgreSQL (%s)", error.internal)

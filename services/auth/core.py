@@ -37,6 +37,10 @@ class StoreUnavailableError(PortcullisError):
         super().__init__(ErrorCode.STAGE_UNAVAILABLE, internal=internal, retry_after=retry_after)
 
 
+class StoreRefusesError(StoreUnavailableError):
+    """PostgreSQL is there, but not for us: wrong password, or no such database."""
+
+
 @dataclass(frozen=True, slots=True)
 class StoredKey:
     """A row of `api_keys`. Verifiers are HMACs (32 bytes); all times are aware, in UTC."""

@@ -48,6 +48,7 @@ def _revision(connection: Connection) -> str | None:
 
 
 def _upgrade(connection: Connection) -> None:
+    logging.getLogger("alembic").setLevel(logging.WARNING)  # its import alone writes seven lines
     from alembic import command
     from alembic.config import Config
 

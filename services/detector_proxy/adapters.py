@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Protocol
@@ -89,7 +90,7 @@ class JetStreamUsageLog:
     def __init__(self, bus: Publisher) -> None:
         self._bus = bus
         self._waiting: dict[str, _Waiting] = {}
-        self._settled = asyncio.Event()
+        self._replied = asyncio.Event()
         bus.on_drained.append(self.flush)
 
     @property
@@ -130,15 +131,18 @@ class JetStreamUsageLog:
             await self._send(entry)
 
     async def flush(self) -> None:
-        """Wait for the last acknowledgements, but not for long: whoever stops us does not wait either."""
-        try:
+        """Give every event its last chance to be acknowledged, but not for long: whoever stops us does not wait either."""
+        with suppress(TimeoutError):
             async with asyncio.timeout(FLUSH_SECONDS):
-                while self._waiting:
-                    self._settled.clear()
-                    await self._settled.wait()
-        except TimeoutError:
+                for entry in list(self._waiting.values()):
+                    if entry.stop_listening is None:
+                        await self._send(entry)
+                while any(entry.stop_listening for entry in self._waiting.values()):
+                    self._replied.clear()
+                    await self._replied.wait()
+        if self._waiting:
             _LOST.inc(len(self._waiting))
-            log.error("%d usage events were not acknowledged before the stop", len(self._waiting))
+            log.error("%d usage events were not stored before the stop and are lost", len(self._waiting))
 
     async def _send(self, entry: _Waiting) -> None:
         def on_reply(msg: Msg) -> None:
@@ -160,11 +164,11 @@ class JetStreamUsageLog:
             _UNTRACKED.inc()
 
     def _on_reply(self, entry: _Waiting, msg: Msg) -> None:
-        if not _stored(msg):
-            return  # it stays due
-        if self._waiting.pop(entry.message_id, None) is not None:
+        entry.stop_listening = None
+        self._replied.set()
+        # What was not stored stays due.
+        if _stored(msg) and self._waiting.pop(entry.message_id, None) is not None:
             _STORED.inc()
-        self._settled.set()
 
     @staticmethod
     def _stop_listening(entry: _Waiting) -> None:

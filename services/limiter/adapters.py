@@ -108,6 +108,8 @@ class RedisStore:
         asks = [self._wire.windows, *(ask for _, ask, _ in batch)]
         try:
             answers: list[bytes] = await _within_the_timeout(self._script(keys, asks))
+            if len(answers) != len(batch):
+                raise StoreUnavailableError("not the answers of the script")
         except StoreUnavailableError as error:
             # Whoever waits behind this batch must not wait out a timeout of its own.
             for _, _, answer in (*batch, *self._waiting):

@@ -46,6 +46,8 @@ class HostileEngine:
         if self.mode == "refuse":
             return False
         head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").lower()
+        if self.mode == "refuse":  # told so while the connection was kept
+            return False
         length = next((int(line[15:]) for line in head.split("\r\n") if line.startswith("content-length:")), 0)
         await reader.readexactly(length)
         if head.startswith("get "):
@@ -56,7 +58,7 @@ class HostileEngine:
         self.detections += 1
         match self.mode:
             case "hang":
-                await asyncio.sleep(60)
+                await reader.read()  # until the caller gives up
                 return False
             case "die":
                 writer.write(_http("200 OK", json.dumps(VERDICT).encode())[:40])

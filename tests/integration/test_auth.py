@@ -74,6 +74,9 @@ class Fleet:
     async def register(self, name: str = "app") -> IssuedKey:
         return result(await self.ask(subjects.REGISTER_ADMITTED, RegisterRequest(name=name, address="127.0.0.1")), IssuedKey)
 
+    async def profile(self, api_key: str) -> KeyRecord:
+        return result(await self.ask(subjects.ACCOUNT_PROFILE, AccountRequest(credential=credential(api_key))), KeyRecord)
+
     async def detect(self, api_key: str, cost: int = 1) -> Response:
         payload = contracts.raw(DetectPayload(text="a text"))
         return await self.ask(subjects.DETECT_REQUEST, DetectRequest(credential=credential(api_key), payload=payload, cost=cost))
@@ -165,3 +168,20 @@ async def test_a_registered_key_detects(start_fleet: StartFleet) -> None:
         assert record == issued.record
         assert code(await fleet.detect(keys.generate())) == ErrorCode.INVALID_CREDENTIALS
         assert code(await fleet.detect(keys.generate(issued.record.key_id))) == ErrorCode.INVALID_CREDENTIALS
+
+
+async def test_usage_is_counted(start_fleet: StartFleet) -> None:
+    async with start_fleet(2) as fleet:
+        issued = await fleet.register()
+        jetstream = fleet.edge.connection.jetstream()
+        now_ms = int(time.time() * 1000)
+        for _ in range(5):
+            event = contracts.UsageRecorded(key_id=issued.record.key_id, at_ms=now_ms, requests=2, malicious=1)
+            await jetstream.publish(subjects.USAGE_RECORDED, contracts.encode(event))
+        async with asyncio.timeout(10):
+            while True:
+                record = await fleet.profile(issued.api_key)
+                if record.total_requests >= 10:
+                    break
+                await asyncio.sleep(0.05)
+        assert (record.total_requests, record.malicious_detections) == (10, 5)

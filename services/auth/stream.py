@@ -1,0 +1,139 @@
+"""The stream of usage events on JetStream."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
+from typing import Final
+
+import nats.errors
+import nats.js.errors
+from nats.aio.msg import Msg
+from nats.js import JetStreamContext, api
+
+from libs.common.bus import Bus
+from libs.common.errors import PortcullisError
+from libs.common.subjects import USAGE_RECORDED, USAGE_STREAM
+from services.auth.core import StreamState
+from services.auth.ports import StreamError
+
+log = logging.getLogger(__name__)
+
+MAX_AGE_SECONDS: Final = 7 * 86_400
+API_TIMEOUT_SECONDS: Final = 2.0
+IDLE_SECONDS: Final = 2.0
+"""How long a read waits for the first event."""
+GATHER_SECONDS: Final = 0.2
+BATCH_EVENTS: Final = 1000
+CONSUMER_LIFE_SECONDS: Final = 30.0
+"""How long the server keeps a consumer that nobody reads from."""
+
+
+@contextmanager
+def _translated() -> Iterator[None]:
+    try:
+        yield
+    except (nats.errors.Error, PortcullisError, TimeoutError) as error:
+        # When the connection has been closed, nats-py reports a cancellation as ConnectionClosedError: nobody could stop us.
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise asyncio.CancelledError from error
+        raise StreamError(repr(error)) from error
+
+
+class JetStreamUsage:
+    """`UsageStream` on JetStream; makes the stream if there is none, and never alters one that is there."""
+
+    def __init__(self, bus: Bus, max_bytes: int) -> None:
+        self._bus = bus
+        self._max_bytes = max_bytes
+
+    async def state(self) -> StreamState:
+        with _translated():
+            stream = self._jetstream()
+            try:
+                info = await stream.stream_info(USAGE_STREAM)
+            except nats.js.errors.NotFoundError:
+                info = await stream.add_stream(self._configuration())
+                log.info("made the stream %s", USAGE_STREAM)
+            if info.created is None:
+                raise StreamError("the server does not say when the stream was made")
+            return StreamState(info.created.isoformat(), info.state.first_seq, info.state.last_seq)
+
+    @asynccontextmanager
+    async def read(self, after_sequence: int) -> AsyncIterator[JetStreamReader]:
+        with _translated():
+            # No acknowledgements and no memory of the reader in the server: the position is in PostgreSQL. A pull consumer,
+            # since only what has been asked for is in flight, and flow control needs no permissions of its own.
+            subscription = await self._jetstream().pull_subscribe(
+                USAGE_RECORDED,
+                stream=USAGE_STREAM,
+                config=api.ConsumerConfig(
+                    deliver_policy=api.DeliverPolicy.BY_START_SEQUENCE,
+                    opt_start_seq=after_sequence + 1,
+                    ack_policy=api.AckPolicy.NONE,
+                    mem_storage=True,
+                    num_replicas=1,
+                    inactive_threshold=CONSUMER_LIFE_SECONDS,
+                ),
+            )
+        try:
+            yield JetStreamReader(subscription)
+        finally:
+            with suppress(nats.errors.Error):
+                await subscription.unsubscribe()
+
+    def _jetstream(self) -> JetStreamContext:
+        return self._bus.connection.jetstream(timeout=API_TIMEOUT_SECONDS)
+
+    def _configuration(self) -> api.StreamConfig:
+        return api.StreamConfig(
+            name=USAGE_STREAM,
+            subjects=[USAGE_RECORDED],
+            description="Usage events, read by auth in order; what it has counted is in PostgreSQL.",
+            storage=api.StorageType.FILE,
+            retention=api.RetentionPolicy.LIMITS,
+            # Events stay after they were counted, so the oldest ones must make room; refusing new ones would stop the count.
+            discard=api.DiscardPolicy.OLD,
+            max_age=MAX_AGE_SECONDS,
+            max_bytes=self._max_bytes,
+        )
+
+
+class JetStreamReader:
+    """`UsageReader`. The consumer numbers what it delivers; a number that is missing was lost on the way."""
+
+    def __init__(self, subscription: JetStreamContext.PullSubscription) -> None:
+        self._subscription = subscription
+        self._delivered = 0
+
+    async def batch(self) -> list[tuple[int, bytes]]:
+        with _translated():
+            messages = await self._fetch(1, IDLE_SECONDS)
+            if not messages:
+                await self._check_that_nothing_is_missing()
+                return []
+            messages += await self._fetch(BATCH_EVENTS - 1, GATHER_SECONDS)
+            return [(self._sequence(message), message.data) for message in messages]
+
+    async def _fetch(self, count: int, timeout_seconds: float) -> list[Msg]:
+        try:
+            return await self._subscription.fetch(count, timeout=timeout_seconds)
+        except (TimeoutError, nats.errors.TimeoutError):
+            return []
+
+    def _sequence(self, message: Msg) -> int:
+        sequence = message.metadata.sequence
+        if sequence.consumer != self._delivered + 1:
+            raise StreamError(f"{sequence.consumer - self._delivered - 1} deliveries are missing")
+        self._delivered = sequence.consumer
+        return sequence.stream
+
+    async def _check_that_nothing_is_missing(self) -> None:
+        # fetch() cannot tell silence from a consumer that a restart of the server has taken away (its error is taken for a
+        # timeout), nor from deliveries that went into a connection that was gone.
+        info = await self._subscription.consumer_info()
+        if info.delivered is not None and info.delivered.consumer_seq != self._delivered:
+            raise StreamError("deliveries are missing")

@@ -1,0 +1,86 @@
+"""A worker of a model pool: loads and warms the model, then takes texts from the pool's subject."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+import signal
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from libs.common.bus import Bus
+from libs.common.clock import SystemClock
+from libs.common.contracts import ModelRequest
+from libs.common.micro import MODEL_NAME
+from libs.common.service import ConfigurationError, run
+from libs.common.subjects import model_pool
+from services.fallback_model import handlers, processors
+from services.fallback_model.batcher import Batcher, Limits
+from services.fallback_model.detector import Detector, Model
+from services.fallback_model.engine import ModelError
+from services.fallback_model.settings import FallbackModelSettings
+from services.fallback_model.swap import Slot
+
+log = logging.getLogger(__name__)
+
+
+_PREPARING_THREADS = 2
+_MAX_IN_FLIGHT = 1024
+
+
+async def load_detector(settings: FallbackModelSettings) -> Detector:
+    """The detector of the configured directory, warm. Raises `ModelError`."""
+    sessions, threads = processors.layout(settings.model_sessions, settings.model_threads, processors.usable())
+    # In a thread: the loop goes on answering pings, and on a reload detections too.
+    model = await asyncio.to_thread(Model, settings.model_dir, sessions, threads)
+    log.info("model %s is loaded, %d sessions of %d threads", model.card.name, sessions, threads)
+    limits = Limits(
+        batch_tokens=settings.model_batch_tokens,
+        queue_tokens=settings.model_queue_tokens,
+        wait_seconds=settings.model_wait_ms / 1000,
+    )
+    return Detector(model, lambda loaded: Batcher(list(loaded.sessions), limits, SystemClock()), _PREPARING_THREADS)
+
+
+@asynccontextmanager
+async def parts(bus: Bus, settings: FallbackModelSettings) -> AsyncIterator[None]:
+    """Opens the model before the first message is taken; SIGHUP exchanges it for what the directory holds then."""
+    try:
+        slot = Slot(await load_detector(settings))
+    except ModelError as error:
+        raise ConfigurationError(f"{error}; set PORTCULLIS_MODEL_DIR to a model directory") from None
+    bus.status.set(MODEL_NAME, slot.detector.model.card.name)
+    bus.stage(
+        model_pool(settings.model_pool), ModelRequest, functools.partial(handlers.detect, slot=slot), max_in_flight=_MAX_IN_FLIGHT
+    )
+    reloads: set[asyncio.Task[None]] = set()
+
+    def reload() -> None:
+        if not reloads:  # one at a time; a signal in the middle of a reload asks for nothing new
+            task = asyncio.get_running_loop().create_task(_reload(bus, slot, settings))
+            reloads.add(task)
+            task.add_done_callback(reloads.discard)
+
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGHUP, reload)
+    try:
+        yield
+    finally:
+        loop.remove_signal_handler(signal.SIGHUP)
+        await asyncio.gather(*reloads)
+        await slot.close()
+
+
+async def _reload(bus: Bus, slot: Slot, settings: FallbackModelSettings) -> None:
+    try:
+        detector = await load_detector(settings)
+    except ModelError as error:
+        log.error("the model was not exchanged: %s", error)
+        return
+    await slot.swap(detector)
+    bus.status.set(MODEL_NAME, detector.model.card.name)
+
+
+def main() -> None:
+    run("fallback_model", FallbackModelSettings, parts)

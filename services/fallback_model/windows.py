@@ -1,0 +1,67 @@
+"""Token windows with overlap over a whole text, and the way back from a token to the characters that it came from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Encoding, Tokenizer
+
+Ids = NDArray[np.int64]
+
+# `tokenizers` takes a text in one piece without harm, but the pieces of one call run in parallel, which one long text would not.
+_PROBE: Final = "a"
+
+
+@dataclass(frozen=True)
+class Window:
+    """Tokens [first, last) of a view's encoding, and their ids between the model's own special tokens."""
+
+    first: int
+    last: int
+    ids: Ids
+
+
+class Windower:
+    """Cuts an encoded text into windows of at most `max_tokens`, special tokens included, of which `overlap` are shared."""
+
+    def __init__(self, tokenizer: Tokenizer, max_tokens: int, overlap: int) -> None:
+        """Raises ValueError if a window would not move forward."""
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        probe = tokenizer.encode(_PROBE)
+        plain = [index for index, special in enumerate(probe.special_tokens_mask) if not special]
+        begin, end = (plain[0], plain[-1] + 1) if plain else (len(probe.ids), len(probe.ids))
+        self._tokenizer = tokenizer
+        self._head = np.array(probe.ids[:begin], dtype=np.int64)
+        self._tail = np.array(probe.ids[end:], dtype=np.int64)
+        self.room = max_tokens - len(self._head) - len(self._tail)
+        self.step = self.room - overlap
+        if self.step <= 0:
+            raise ValueError(f"windows of {max_tokens} tokens cannot overlap by {overlap}")
+
+    def encode(self, texts: list[str]) -> list[Encoding]:
+        """Encodings without special tokens; releases the interpreter lock while it works."""
+        return self._tokenizer.encode_batch(texts, add_special_tokens=False)
+
+    def cut(self, encoding: Encoding) -> list[Window]:
+        """At least one window, even of no tokens; every token is in one, and the last window is full where the text allows."""
+        ids = np.array(encoding.ids, dtype=np.int64)
+        if len(ids) <= self.room:
+            return [self.frame(ids, 0, len(ids))]
+        firsts = list(range(0, len(ids) - self.room, self.step))
+        firsts.append(len(ids) - self.room)
+        return [self.frame(ids[first : first + self.room], first, first + self.room) for first in firsts]
+
+    def frame(self, ids: Ids, first: int, last: int) -> Window:
+        return Window(first, last, np.concatenate([self._head, ids, self._tail]))
+
+
+def characters(encoding: Encoding, window: Window) -> tuple[int, int]:
+    """The characters [start, end) of the encoded text that a window covers; (0, 0) for a window of no tokens."""
+    if window.first == window.last:
+        return 0, 0
+    offsets = encoding.offsets
+    return offsets[window.first][0], offsets[window.last - 1][1]

@@ -1,0 +1,151 @@
+"""The batcher with sessions that the test opens and closes, and a clock that it drives."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator
+
+import numpy as np
+import pytest
+
+from libs.common.clock import ManualClock
+from services.fallback_model.batcher import Batcher, Busy, Limits
+from services.fallback_model.engine import Scores
+from services.fallback_model.windows import Ids
+
+
+class FakeRunner:
+    """Scores a row by its first id; waits for `gate` before each batch, and remembers the lengths of the rows it got."""
+
+    def __init__(self) -> None:
+        self.gate = threading.Event()
+        self.gate.set()
+        self.batches: list[list[int]] = []
+        self.error: Exception | None = None
+
+    def run(self, rows: list[Ids]) -> Scores:
+        self.gate.wait(10)
+        self.batches.append([len(row) for row in rows])
+        if self.error:
+            raise self.error
+        return Scores(np.array([row[0] for row in rows], np.float32), np.zeros((len(rows), 6), np.float32))
+
+
+def rows(*lengths: int, mark: int = 0) -> list[Ids]:
+    return [np.full(length, mark + index, dtype=np.int64) for index, length in enumerate(lengths)]
+
+
+async def no_wait(_: float) -> None:
+    await asyncio.sleep(0)
+
+
+@pytest.fixture
+def runner() -> FakeRunner:
+    return FakeRunner()
+
+
+@pytest.fixture
+def clock() -> ManualClock:
+    return ManualClock()
+
+
+@pytest.fixture
+async def batcher(runner: FakeRunner, clock: ManualClock) -> AsyncIterator[Batcher]:
+    limits = Limits(batch_tokens=100, queue_tokens=300, wait_seconds=0.001, overtaken_seconds=0.5)
+    made = Batcher([runner], limits, clock, no_wait)
+    yield made
+    runner.gate.set()
+    await made.close()
+
+
+async def occupied(batcher: Batcher, runner: FakeRunner) -> asyncio.Task[Scores]:
+    """One request inside the session, so that everything after it waits."""
+    runner.gate.clear()
+    task = asyncio.create_task(batcher.score(rows(10)))
+    await asyncio.sleep(0)
+    while batcher.queued_tokens:
+        await asyncio.sleep(0.001)
+    return task
+
+
+async def test_scores_come_back_in_the_order_of_the_rows(batcher: Batcher) -> None:
+    scores = await batcher.score(rows(5, 80, 6, 7, 90, 5))
+    assert scores.logits.tolist() == [0, 1, 2, 3, 4, 5]
+
+
+async def test_batches_are_bounded_by_tokens_and_alike_in_length(batcher: Batcher, runner: FakeRunner) -> None:
+    first = await occupied(batcher, runner)
+    rest = [asyncio.create_task(batcher.score(rows(length))) for length in (10, 90, 11, 12, 95, 10, 30)]
+    await asyncio.sleep(0)
+    runner.gate.set()
+    await asyncio.gather(first, *rest)
+    assert runner.batches[1] == [10, 11, 12, 10]
+    for batch in runner.batches:
+        assert max(batch) * len(batch) <= 100
+        assert max(batch) - min(batch) <= max(16, min(batch) // 4)
+
+
+async def test_a_full_queue_refuses_at_once_and_keeps_what_it_has(batcher: Batcher, runner: FakeRunner) -> None:
+    first = await occupied(batcher, runner)
+    waiting = asyncio.create_task(batcher.score(rows(90, 90, 90, 90)))
+    await asyncio.sleep(0)
+    assert batcher.queued_tokens == 360
+    with pytest.raises(Busy):
+        await batcher.score(rows(1))
+    runner.gate.set()
+    await asyncio.gather(first, waiting)
+    assert batcher.queued_tokens == 0
+    await batcher.score(rows(1))
+
+
+async def test_urgent_windows_go_first_but_starve_nobody(batcher: Batcher, runner: FakeRunner, clock: ManualClock) -> None:
+    first = await occupied(batcher, runner)
+    patient = asyncio.create_task(batcher.score(rows(60), urgent=False))
+    await asyncio.sleep(0)
+    urgent = [asyncio.create_task(batcher.score(rows(80))) for _ in range(2)]
+    await asyncio.sleep(0)
+    runner.gate.set()
+    await asyncio.gather(first, patient, *urgent)
+    assert runner.batches[1:] == [[80], [80], [60]]
+
+    runner.batches.clear()
+    first = await occupied(batcher, runner)
+    patient = asyncio.create_task(batcher.score(rows(60), urgent=False))
+    await asyncio.sleep(0)
+    clock.advance(1.0)
+    urgent = [asyncio.create_task(batcher.score(rows(80))) for _ in range(2)]
+    await asyncio.sleep(0)
+    runner.gate.set()
+    await asyncio.gather(first, patient, *urgent)
+    assert runner.batches[1:] == [[60], [80], [80]]
+
+
+async def test_a_cancelled_request_leaves_the_queue(batcher: Batcher, runner: FakeRunner) -> None:
+    first = await occupied(batcher, runner)
+    cancelled = asyncio.create_task(batcher.score(rows(70)))
+    kept = asyncio.create_task(batcher.score(rows(71)))
+    await asyncio.sleep(0)
+    cancelled.cancel()
+    runner.gate.set()
+    await asyncio.gather(first, kept)
+    assert runner.batches[1:] == [[71]]
+    assert batcher.queued_tokens == 0
+
+
+async def test_a_failing_engine_is_an_error_and_not_the_end(batcher: Batcher, runner: FakeRunner) -> None:
+    runner.error = RuntimeError("broken")
+    with pytest.raises(RuntimeError, match="broken"):
+        await batcher.score(rows(5))
+    runner.error = None
+    assert (await batcher.score(rows(5))).logits.tolist() == [0]
+
+
+async def test_closing_finishes_what_was_accepted(runner: FakeRunner, clock: ManualClock) -> None:
+    batcher = Batcher([runner], Limits(), clock, no_wait)
+    pending = [asyncio.create_task(batcher.score(rows(20))) for _ in range(5)]
+    await asyncio.sleep(0)
+    await batcher.close()
+    assert all(task.done() for task in pending)
+    with pytest.raises(Busy):
+        await batcher.score(rows(5))

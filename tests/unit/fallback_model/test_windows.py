@@ -1,0 +1,42 @@
+"""Windows cover every token, and the way back to characters holds."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from services.fallback_model.engine import load_tokenizer
+from services.fallback_model.paths import DEFAULT_MODEL
+from services.fallback_model.windows import Windower, characters
+
+WINDOWER = Windower(load_tokenizer(DEFAULT_MODEL), max_tokens=16, overlap=5)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.sampled_from(["alpha", "b", "gamma!", "unbelievably", "...", "x9", "忽"]), max_size=120).map(" ".join))
+def test_every_token_is_in_a_window_and_no_window_is_too_long(text: str) -> None:
+    encoding = WINDOWER.encode([text])[0]
+    windows = WINDOWER.cut(encoding)
+    seen = {index for window in windows for index in range(window.first, window.last)}
+    assert seen == set(range(len(encoding.ids)))
+    for window in windows:
+        assert len(window.ids) <= 16
+        assert window.ids[0] == 101
+        assert window.ids[-1] == 102
+        assert window.ids[1:-1].tolist() == encoding.ids[window.first : window.last]
+        start, end = characters(encoding, window)
+        assert 0 <= start <= end <= len(text)
+    for before, after in zip(windows, windows[1:], strict=False):
+        assert before.last - after.first >= 5
+
+
+def test_a_text_without_tokens_still_has_a_window() -> None:
+    encoding = WINDOWER.encode([""])[0]
+    (window,) = WINDOWER.cut(encoding)
+    assert characters(encoding, window) == (0, 0)
+
+
+def test_an_overlap_that_would_not_move_forward_is_refused() -> None:
+    with pytest.raises(ValueError, match="overlap"):
+        Windower(load_tokenizer(DEFAULT_MODEL), max_tokens=16, overlap=14)

@@ -1,0 +1,164 @@
+from __future__ import annotations
+
+import json
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+from supervisor.options import ServerOptions
+
+from infra.embedded import stack
+from infra.embedded.home import HOME_VARIABLE, Home, HomeError, free_port, open_home
+from libs.common.subjects import SERVICES
+
+# PostgreSQL's data directory takes seconds to make; the integration tests have one.
+NO_POSTGRES = {"PORTCULLIS_DATABASE_URL": "postgresql://user:db-secret@db.example:5432/portcullis"}
+NO_SERVERS = NO_POSTGRES | {
+    "PORTCULLIS_NATS_URL": "nats://user:nats-secret@nats.example:4222,nats://second.example:4222",
+    "PORTCULLIS_REDIS_URL": "redis://:redis-secret@redis.example:6379/0",
+}
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Home:
+    return open_home({HOME_VARIABLE: str(tmp_path / "home with spaces")})
+
+
+def plan(home: Home, environment: dict[str, str] | None = None, **scale: int) -> stack.Plan:
+    return stack.plan(home, {"PORTCULLIS_EDGE_PORT": str(free_port()), **NO_POSTGRES, **(environment or {})}, scale)
+
+
+def environments(planned: stack.Plan) -> dict[str, dict[str, str]]:
+    return {program.name: dict(program.environment) for program in planned.programs}
+
+
+def test_a_url_replaces_its_server(home: Home) -> None:
+    assert [program.name for program in plan(home).programs if program.group == "servers"] == ["nats", "redis"]
+    planned = plan(home, NO_SERVERS)
+    assert [program.name for program in planned.programs] == list(SERVICES)
+    assert environments(planned)["limiter"]["PORTCULLIS_REDIS_URL"] == NO_SERVERS["PORTCULLIS_REDIS_URL"]
+    assert all(one["PORTCULLIS_NATS_URL"] == NO_SERVERS["PORTCULLIS_NATS_URL"] for one in environments(planned).values())
+
+
+def test_external_servers_are_named_without_their_credentials() -> None:
+    named = " ".join(stack.external_hosts(NO_SERVERS))
+    assert "nats.example:4222" in named
+    assert "redis.example:6379" in named
+    assert "db.example:5432" in named
+    assert "secret" not in named
+
+
+def test_each_service_has_only_the_secrets_that_it_needs(home: Home) -> None:
+    engine = {"PORTCULLIS_ENGINE_URL": "http://engine.example", "PORTCULLIS_ENGINE_API_KEY": "engine-secret"}
+    found = environments(plan(home, engine | {"PORTCULLIS_LOG_LEVEL": "WARNING"}))
+    holders = {
+        variable: {name for name, one in found.items() if variable in one}
+        for variable in (*stack.ONLY_FOR, *engine, "PORTCULLIS_LOG_LEVEL")
+    }
+    assert holders == {
+        "PORTCULLIS_DATABASE_URL": {"auth"},
+        "PORTCULLIS_KEY_PEPPER": {"auth"},
+        "PORTCULLIS_ADMIN_TOKEN": {"auth"},
+        "PORTCULLIS_REDIS_URL": {"limiter"},
+        "PORTCULLIS_ENGINE_URL": {"detector_proxy"},
+        "PORTCULLIS_ENGINE_API_KEY": {"detector_proxy"},
+        "PORTCULLIS_LOG_LEVEL": set(SERVICES),
+    }
+    assert {name: found[name]["PORTCULLIS_NATS_USER"] for name in SERVICES} == {name: name for name in SERVICES}
+    assert len({found[name]["PORTCULLIS_NATS_PASSWORD"] for name in SERVICES}) == len(SERVICES)
+
+
+def test_secrets_stay_the_same_and_can_be_set_from_outside(home: Home) -> None:
+    first, second = plan(home, NO_SERVERS), plan(home, NO_SERVERS | {"PORTCULLIS_ADMIN_TOKEN": "my own"})
+    assert environments(first)["auth"]["PORTCULLIS_KEY_PEPPER"] == environments(second)["auth"]["PORTCULLIS_KEY_PEPPER"]
+    assert environments(second)["auth"]["PORTCULLIS_ADMIN_TOKEN"] == "my own"
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({"PORTCULLIS_EDGE_PORT": "http"}, "PORTCULLIS_EDGE_PORT=http is not a port"),
+        ({"PORTCULLIS_EDGE_PORT": "65536"}, "PORTCULLIS_EDGE_PORT=65536 is not a port"),
+        ({"PORTCULLIS_EDGE_HOST": "::1"}, "PORTCULLIS_EDGE_HOST"),
+    ],
+)
+def test_a_wrong_setting_is_named(home: Home, environment: dict[str, str], said: str) -> None:
+    with pytest.raises(stack.StackError, match=said):
+        plan(home, environment)
+
+
+@pytest.mark.parametrize("variable", ["PORTCULLIS_EDGE_PORT", "PORTCULLIS_NATS_PORT", "PORTCULLIS_REDIS_PORT"])
+def test_a_busy_port_that_was_asked_for_is_refused_with_the_variable_to_set(home: Home, variable: str) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(stack.StackError, match=rf"port {port} .*{variable}"):
+            plan(home, {variable: str(port)})
+
+
+def test_scale_is_parsed_or_explained() -> None:
+    assert stack.parse_scale(["edge=2", "fallback_model=3", "edge=4"]) == {"edge": 4, "fallback_model": 3}
+    for wrong in ("edge", "edge=", "edge=0", "edge=-1", "edge=65", "edge=²", "postgres=2", "=2"):
+        with pytest.raises(stack.StackError, match="--scale"):
+            stack.parse_scale([wrong])
+
+
+def read_by_supervisor(home: Home, planned: stack.Plan) -> dict[str, Any]:
+    """The process groups that supervisor itself makes of our configuration, by name."""
+    stack.write(home, planned)
+    options = ServerOptions()
+    options.realize(["--configuration", str(home.supervisor_configuration)])
+    return {group.name: group for group in options.process_group_configs}
+
+
+def test_supervisor_reads_the_configuration_as_it_is_meant(home: Home) -> None:
+    planned = plan(home, edge=2, limiter=3)
+    groups = read_by_supervisor(home, planned)
+    assert {name: [process.name for process in group.process_configs] for name, group in groups.items()} == {
+        "servers": ["nats_0", "redis_0"],
+        "services": ["auth_0", "limiter_0", "limiter_1", "limiter_2", "detector_proxy_0", "fallback_model_0"],
+        "edge": ["edge_0", "edge_1"],
+    }
+    assert groups["servers"].priority < groups["services"].priority < groups["edge"].priority
+    assert groups["edge"].socket_config.url == f"tcp://127.0.0.1:{planned.edge_port}"
+    assert groups["edge"].socket_config.get_backlog() == stack.EDGE_BACKLOG
+    for process in (process for group in groups.values() for process in group.process_configs):
+        assert str(home.starts / process.name) in process.command
+        assert process.stdout_logfile == str(home.logs / f"{process.name}.log")
+        # Started again for ever: with startsecs 0 supervisor never counts a start as failed.
+        assert (process.autorestart is not False, process.startsecs) == (True, 0)
+        assert process.stopwaitsecs > 15
+
+
+def test_no_secret_is_in_the_configuration_or_on_a_command_line(home: Home) -> None:
+    planned = plan(home)
+    stack.write(home, planned)
+    configuration = home.supervisor_configuration.read_text()
+    secrets = [path.read_text().strip() for path in (home.path / "secrets").iterdir()]
+    assert len(secrets) >= 9
+    for secret in (*secrets, "db-secret"):
+        assert secret not in configuration
+        assert not any(secret in part for program in planned.programs for part in program.command)
+
+
+def test_the_environments_are_private_files(home: Home) -> None:
+    stack.write(home, plan(home))
+    files = {path.stem: path for path in home.environments.iterdir()}
+    assert set(files) == {"nats", "redis", *SERVICES}
+    for path in (*files.values(), home.supervisor_configuration, home.path / "nats.conf", home.path / "redis.conf"):
+        assert path.stat().st_mode & 0o777 == 0o600
+    assert json.loads(files["auth"].read_text())[HOME_VARIABLE] == str(home.path)
+
+
+@pytest.mark.parametrize("name", ["a #b", "a ;b", "100%"])
+def test_a_path_that_supervisor_would_misread_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(HomeError, match="supervisor would interpret"):
+        stack.configuration(Home(tmp_path / name), ())
+
+
+def test_nothing_secret_is_shown_by_a_program_or_server(home: Home) -> None:
+    shown = repr(plan(home))
+    assert home.secret("redis") not in shown
+    assert "db-secret" not in shown
