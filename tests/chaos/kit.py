@@ -55,7 +55,11 @@ class Stack:
     def run(self, *arguments: str, timeout_seconds: float = 120, check: bool = True) -> subprocess.CompletedProcess[str]:
         """`./run …` as a user types it."""
         environment = {
-            **{name: value for name, value in os.environ.items() if not name.startswith("PORTCULLIS_") or name == "PORTCULLIS_MODEL_DIR"},
+            **{
+                name: value
+                for name, value in os.environ.items()
+                if not name.startswith("PORTCULLIS_") or name == "PORTCULLIS_MODEL_DIR"
+            },
             **self.environment,
             "PORTCULLIS_HOME": str(self.home),
             "PORTCULLIS_EDGE_PORT": str(self.port),
