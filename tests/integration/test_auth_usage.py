@@ -27,6 +27,7 @@ from libs.common.errors import PortcullisError
 from services.auth.adapters import PostgresKeys, PostgresLedgers, engine_url, make_engine
 from services.auth.core import Usage
 from services.auth.migrate import migrate
+from services.auth.ports import StreamError
 from services.auth.stream import JetStreamUsage
 from services.auth.usage import UsageCounter
 from tests.conftest import OPERATOR, free_port
@@ -165,6 +166,32 @@ async def test_a_restart_of_nats_loses_and_doubles_nothing(kit: Kit, nats_of_its
         await asyncio.to_thread(nats_of_its_own.start)
         await publishing
         await ledger.settle()
+
+
+async def test_counting_can_be_stopped_when_its_connection_is_closed(kit: Kit) -> None:
+    bus = kit.bus("auth")
+    await bus.connect()
+    stream = JetStreamUsage(bus, STREAM_BYTES)
+    await stream.state()
+    reading = asyncio.Event()
+
+    async def read_for_ever() -> None:
+        while True:
+            with suppress(StreamError):
+                async with stream.read(0) as reader:
+                    reading.set()
+                    await reader.batch()
+            await asyncio.sleep(0.1)
+
+    task = asyncio.create_task(read_for_ever())
+    await asyncio.wait_for(reading.wait(), 10)
+    await asyncio.sleep(0.1)
+    await bus.connection.close()
+    task.cancel()
+    await asyncio.wait({task}, timeout=3)
+    stopped = task.cancelled()
+    task.cancel()
+    assert stopped
 
 
 async def test_a_stream_made_anew_is_counted_from_its_beginning(kit: Kit) -> None:
