@@ -141,7 +141,7 @@ async def test_without_redis_calls_pass_and_both_the_answers_and_the_status_say_
         assert rate(await ask(subjects.DETECT_AUTHENTICATED, detect(who))).degraded
         with running(server):
             async with asyncio.timeout(10):
-                while rate(await ask(subjects.DETECT_AUTHENTICATED, detect(principal()))).degraded:  # noqa: ASYNC110
+                while rate(await ask(subjects.DETECT_AUTHENTICATED, detect(principal()))).degraded:
                     await asyncio.sleep(0.01)
             assert limiter.status.metadata["store.redis"] == "up"
             assert limiter.status.metadata["status"] == "ok"
