@@ -376,7 +376,7 @@ class Bus:
             raise NoRespondersError(subject)
         try:
             reply = self._decode_reply(msg.data)
-        except msgspec.DecodeError as error:
+        except (ValueError, RecursionError) as error:  # what msgspec raises, for bytes that are not UTF-8 and endless nesting too
             raise PortcullisError(ErrorCode.STAGE_UNAVAILABLE, internal=f"bad reply on {subject}: {error}") from error
         return Response(reply, parse_timings(answered.get(TIMINGS_HEADER)))
 
