@@ -80,7 +80,8 @@ async def _serve(service: str, settings: S, parts: Parts[S], front: Front[S]) ->
     telemetry.setup_logging(service, bus.instance, settings)
     telemetry.serve_metrics(settings)
     async with AsyncExitStack() as outside:
-        connecting = asyncio.create_task(connect(bus, settings))
+        connecting: asyncio.Task[None] = asyncio.create_task(connect(bus, settings))
+        outside.push_async_callback(_abandon, connecting)
         await asyncio.wait({connecting}, timeout=CONNECT_GRACE_SECONDS)
         await outside.enter_async_context(front(bus, settings))
         if not await _unless(stop, connecting):
@@ -133,7 +134,15 @@ async def _entered(stop: asyncio.Event, stack: AsyncExitStack, parts: AbstractAs
     return True
 
 
-async def _unless(stop: asyncio.Event, task: asyncio.Future[None]) -> bool:
+async def _abandon(task: asyncio.Task[None]) -> None:
+    """End a task whose outcome no longer matters."""
+    task.cancel()
+    await asyncio.wait({task})
+    if not task.cancelled():
+        task.exception()  # looked at, so that asyncio does not report it as forgotten
+
+
+async def _unless(stop: asyncio.Event, task: asyncio.Task[None]) -> bool:
     """Wait for `task`; False when the signal to stop came first."""
     stopped = asyncio.ensure_future(stop.wait())
     await asyncio.wait({task, stopped}, return_when=asyncio.FIRST_COMPLETED)
