@@ -51,6 +51,7 @@ def main() -> int:
     logs_parser.add_argument("-f", "--follow", action="store_true", help="and go on with new ones")
     logs_parser.add_argument("-n", "--lines", type=int, default=50)
     arguments = parser.parse_args()
+    os.umask(0o077)  # what is made in the home is its owner's
     try:
         match arguments.command:
             case "up":
