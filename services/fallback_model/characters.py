@@ -27,12 +27,13 @@ MOST_GROWTH: Final = 4
 """Characters that one character may become when cleaned."""
 MOST_SPELT: Final = 10
 """Characters that one character may become when spelt."""
+_NO_LETTERS: Final = bytes(code for code in range(128) if not chr(code).isalpha())
 _ASCII_LETTERS: Final = string.ascii_letters
 
 
 def warm() -> None:
     """Fills both tables for living scripts, so that the first text in one is read as fast as the next."""
-    for code in (*range(0x20, 0xD800), *range(0xF900, 0x10000), *range(0x1D400, 0x1D800), *range(0x1F000, 0x1FB00)):
+    for code in (*range(0x20, 0xD800), *range(0xE000, 0x20000)):
         CLEAN[code]
         LATIN[code]
 
@@ -144,8 +145,9 @@ def fold_lookalikes(text: str) -> str:
     twins = lookalikes()
     if twins.keys().isdisjoint(text):
         return text
+    table = str.maketrans(twins)
     known: dict[str, str] = {}
-    ascii_letters = sum(map(text.count, _ASCII_LETTERS))
+    ascii_letters = len(text.encode("ascii", "ignore").translate(None, _NO_LETTERS))
     mostly_ascii = ascii_letters * 2 > len(text)
 
     def fold(match: re.Match[str]) -> str:
@@ -153,7 +155,7 @@ def fold_lookalikes(text: str) -> str:
         if word.isascii():
             return word
         if (reading := known.get(word)) is None:
-            reading = folded = "".join([twins.get(char, char) for char in word])
+            reading = folded = word.translate(table)
             mixed = not set(word).isdisjoint(_ASCII_LETTERS)
             if not mixed and not (mostly_ascii and folded.isascii()):
                 reading = word

@@ -15,6 +15,7 @@ from typing import Any, Final
 import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
+from onnxruntime.capi import onnxruntime_pybind11_state as pybind
 from tokenizers import Tokenizer
 
 from services.fallback_model.labels import THREATS
@@ -22,6 +23,19 @@ from services.fallback_model.windows import Ids
 
 FORMAT: Final = "portcullis-detector/1"
 Floats = NDArray[np.float32]
+
+# What onnxruntime raises for a file that it cannot load; they have no common base but Exception.
+_LOAD_ERRORS: Final = (
+    pybind.Fail,
+    pybind.InvalidArgument,
+    pybind.InvalidGraph,
+    pybind.InvalidProtobuf,
+    pybind.NoSuchFile,
+    pybind.NotImplemented,
+    pybind.RuntimeException,
+    RuntimeError,
+    ValueError,
+)
 
 _MALICIOUS_WORDS: Final = ("inject", "jailbreak", "malicious", "unsafe", "attack", "harmful", "label_1", "leak", "extract")
 _HARMLESS_WORDS: Final = ("safe", "benign", "legit", "harmless", "clean", "no_", "not_", "non", "label_0")
@@ -154,7 +168,7 @@ class Session:
             self._session = onnxruntime.InferenceSession(
                 str(directory / "model.onnx"), options, providers=["CPUExecutionProvider"]
             )
-        except (RuntimeError, ValueError, OSError) as error:
+        except _LOAD_ERRORS as error:
             raise ModelError(f"{directory / 'model.onnx'} cannot be loaded: {error}") from None
         self._inputs = {value.name for value in self._session.get_inputs()}
         self._card = card

@@ -111,7 +111,7 @@ def _clean(text: str, found: Counter[str]) -> tuple[str, Offsets | None]:
     if cleaned == text:
         return text, None
     for char, number in Counter(text).items():
-        if (name := _name_of_change(char)) is not None:
+        if CLEAN[ord(char)] != char and (name := _name_of_change(char)) is not None:
             found[name] += number
     if len(cleaned) == len(text) and "" not in pieces:
         return cleaned, None
@@ -120,8 +120,6 @@ def _clean(text: str, found: Counter[str]) -> tuple[str, Offsets | None]:
 
 def _name_of_change(char: str) -> str | None:
     code, reading = ord(char), CLEAN[ord(char)]
-    if reading == char:
-        return None
     if 0xE0000 <= code <= 0xE007F:
         return "tag_characters"
     if 0x202A <= code <= 0x202E or 0x2066 <= code <= 0x2069 or code in (0x200E, 0x200F, 0x061C):
@@ -255,11 +253,17 @@ def _url(text: str, _: Lexicon) -> Found:
             yield start, match.end(), decoded
 
 
-_CODES: Final = re.compile(
-    r"(?:(?:&#x?[0-9a-fA-F]{2,6};|\\u[0-9a-fA-F]{4}|\\U[0-9a-fA-F]{8}|U\+[0-9a-fA-F]{4,6}|chr\(\d{1,6}\)|\\[0-7]{3})"
-    r"[ ,;+.]{0,3}){5,}"
-    r"|(?<!\d)(?:[01]{8}[ ,;]{0,2}){5,}(?!\d)"
-    r"|(?<!\d)(?:\d{2,3}[ ,;\n-]{1,2}){7,}\d{2,3}(?!\d)"
+# The signs by which character codes are announced, and the form of a run of codes that have them; then runs of bare numbers.
+_CODES: Final = (
+    (
+        re.compile(r"&#|\\[uU0-7]|U\+|chr\("),
+        re.compile(
+            r"(?:(?:&#x?[0-9a-fA-F]{2,6};|\\u[0-9a-fA-F]{4}|\\U[0-9a-fA-F]{8}|U\+[0-9a-fA-F]{4,6}|chr\(\d{1,6}\)|\\[0-7]{3})"
+            r"[ ,;+.]{0,3}){5,}"
+        ),
+    ),
+    (re.compile(r"[01]{8}"), re.compile(r"(?<!\d)(?:[01]{8}[ ,;]{0,2}){5,}(?!\d)")),
+    (re.compile(r"\d\d[ ,;\n-]{1,2}\d\d"), re.compile(r"(?<!\d)(?:\d{2,3}[ ,;\n-]{1,2}){7,}\d{2,3}(?!\d)")),
 )
 _CODE: Final = re.compile(
     r"&#x([0-9a-fA-F]+);|&#(\d+);|\\u([0-9a-fA-F]{4})|\\U([0-9a-fA-F]{8})|U\+([0-9a-fA-F]+)|chr\((\d+)\)|\\([0-7]{3})|([01]{8})|(\d{2,3})"
@@ -268,15 +272,18 @@ _BASES: Final = (16, 10, 16, 16, 16, 10, 8, 2, 10)
 
 
 def _codes(text: str, _: Lexicon) -> Found:
-    for match in _CODES.finditer(text):
-        chars = []
-        for code in _CODE.finditer(match[0]):
-            group = code.lastindex or 1
-            value = int(code[group], _BASES[group - 1])
-            chars.append(chr(value) if value < 0x110000 and not 0xD800 <= value <= 0xDFFF else "\x00")
-        decoded = "".join(chars)
-        if _is_text(decoded) and sum(map(str.isalpha, decoded)) * 2 > len(decoded):
-            yield match.start(), match.end(), decoded
+    for sign, run in _CODES:
+        if not sign.search(text):
+            continue
+        for match in run.finditer(text):
+            chars = []
+            for code in _CODE.finditer(match[0]):
+                group = code.lastindex or 1
+                value = int(code[group], _BASES[group - 1])
+                chars.append(chr(value) if value < 0x110000 and not 0xD800 <= value <= 0xDFFF else "\x00")
+            decoded = "".join(chars)
+            if _is_text(decoded) and sum(map(str.isalpha, decoded)) * 2 > len(decoded):
+                yield match.start(), match.end(), decoded
 
 
 _CHUNK: Final = re.compile(r"[^.!?\n]{1,200}[.!?\n]*")
@@ -340,10 +347,10 @@ def _joined(text: str, lexicon: Lexicon) -> Found:
             yield match.start(), match.end(), " ".join(words)
 
 
-_LEET: Final = str.maketrans("013456789@$!|+€(", "oieasgtbgasiltec")
-_LEET_L: Final = str.maketrans("013456789@$!|+€(", "oleasgtbgasiltec")
-_LEET_MARKS: Final = frozenset("013456789@$!|+€(")
-_EDGES: Final = ".,;:?\"'`)]}[{<>*_#-"
+_LEET: Final = str.maketrans("013456789@$!|+€", "oieasgtbgasilte")
+_LEET_L: Final = str.maketrans("013456789@$!|+€", "oleasgtbgasilte")
+_LEET_MARKS: Final = frozenset("013456789@$!|+€")
+_EDGES: Final = ".,;:?\"'`()]}[{<>*_#-"
 
 
 def _leet(text: str, lexicon: Lexicon) -> Found:
@@ -352,13 +359,16 @@ def _leet(text: str, lexicon: Lexicon) -> Found:
         return
     whole: tuple[int, int, int] | None = None
     pieces: list[str] = []
+    known: dict[str, str | None] = {}
     for chunk in _LEET_CHUNK.finditer(text):
         hits = 0
         decoded = []
         for token in chunk[0].split(" "):
-            word = _unleet(token, lexicon) if not token.isalpha() else None
+            if token not in known:
+                known[token] = _unleet(token, lexicon)
+            word = known[token]
             # A bare number may be a word (`70` is `to`), but only among others that are.
-            hits += word is not None and not token.strip(_EDGES).isdigit()
+            hits += word is not None and len(word) > 2 and not token.strip(_EDGES).isdigit()
             decoded.append(token if word is None else word)
         if not hits:
             continue

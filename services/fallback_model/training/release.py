@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,8 +22,9 @@ from services.fallback_model.training.calibrate import Array
 
 MAX_TOKENS = 128
 OVERLAP = 40
-WINDOW_PENALTY = 0.15
 _LONG_DOCUMENTS = 60
+_COMPARED = 1500
+"""Texts of `valid` on which int8 is compared with float32, which takes twice the time."""
 
 
 @dataclass(frozen=True)
@@ -39,46 +41,54 @@ def release(weights: Path, base: Path, data: Path, out: Path, name: str, seed: i
     """Writes the directory `out` and returns its figures. `data` holds valid.jsonl.zst and dev/."""
     out.mkdir(parents=True, exist_ok=True)
     export.write_tokenizer(base / "tokenizer.json", out / "tokenizer.json")
+    valid = read_rows(data / "valid.jsonl.zst")
+    sets = {"valid": valid} | find_sets(data / "dev")
+    compared = sets | {"valid": random.Random(seed).sample(valid, min(len(valid), _COMPARED))}
     with tempfile.TemporaryDirectory() as folder:
         full = Path(folder)
         export.write_onnx(export.load_weights(weights), full / "model.onnx")
         export.quantise(full / "model.onnx", out / "model.onnx", export.head_nodes(full / "model.onnx"))
         (full / "tokenizer.json").write_bytes((out / "tokenizer.json").read_bytes())
         for directory in (full, out):
-            _write_config(directory, _config(name, 0.5, (1.0, 0.0), [0.0] * len(THREATS)))
-        valid = read_rows(data / "valid.jsonl.zst")
-        sets = {"valid": valid} | find_sets(data / "dev")
-        quantised = {set_name: _score(out, rows) for set_name, rows in sets.items()}
-        exact = {set_name: _score(full, rows) for set_name, rows in sets.items()}
+            _write_config(directory, _config(name, 0.5, (1.0, 0.0), [0.0] * len(THREATS), 0.0))
+        delta = _compare(out, full, compared)
+    scored = {set_name: _score(out, rows) for set_name, rows in sets.items()}
+    documents = _score(out, [Row(text, 0) for text in calibrate.long_benign(valid, _LONG_DOCUMENTS, seed)])
     labels = np.array([row.label for row in valid], dtype=np.float64)
-    logits = _logits(quantised["valid"])
-    threat_logits = np.array([one.threat_logits for one in quantised["valid"]])
-    calibration = calibrate.fit_platt(labels, logits)
-    threshold = metrics.threshold_at(logits[labels == 0], calibrate.FALSE_ALARMS)
+    penalty = calibrate.fit_penalty(
+        labels, _raw(scored["valid"]), _windows(scored["valid"]), _raw(documents), _windows(documents)
+    )
+    logits = {set_name: _raw(found) - penalty * np.log(_windows(found)) for set_name, found in scored.items()}
+    threat_logits = np.array([one.threat_logits for one in scored["valid"]])
+    calibration = calibrate.fit_platt(labels, logits["valid"])
+    threshold = metrics.threshold_at(logits["valid"][labels == 0], calibrate.FALSE_ALARMS)
     limits = calibrate.fit_threats([row.threat if row.label else None for row in valid], threat_logits)
-    config = _config(name, calibration.probability(threshold), (calibration.scale, calibration.shift), limits)
+    config = _config(name, calibration.probability(threshold), (calibration.scale, calibration.shift), limits, penalty)
     _write_config(out, config)
-    benign = _logits(quantised["valid"])[labels == 0]
     figures = Figures(
-        cross_fitted=calibrate.cross_fitted(valid, logits, threat_logits, seed),
-        sets={set_name: _figures(rows, _logits(quantised[set_name]), threshold) for set_name, rows in sets.items()},
-        delta_auc={
-            set_name: _area(rows, _logits(quantised[set_name]), benign)
-            - _area(rows, _logits(exact[set_name]), _logits(exact["valid"])[labels == 0])
-            for set_name, rows in sets.items()
-        },
-        long_false_alarms=float(
-            (
-                _logits(_score(out, [Row(text, 0) for text in calibrate.long_benign(valid, _LONG_DOCUMENTS, seed)])) >= threshold
-            ).mean()
-        ),
+        cross_fitted=calibrate.cross_fitted(valid, logits["valid"], threat_logits, seed),
+        sets={set_name: _figures(rows, logits[set_name], threshold) for set_name, rows in sets.items()},
+        delta_auc=delta,
+        long_false_alarms=float((_raw(documents) - penalty * np.log(_windows(documents)) >= threshold).mean()),
     )
     (out / "MODEL_CARD.md").write_text(card.write(name, config, figures, weights.parent / "plan.json"), encoding="utf-8")
     (weights.parent / "figures.json").write_text(json.dumps(asdict(figures), indent=1), encoding="utf-8")
     return figures
 
 
-def _config(name: str, threshold: float, calibration: tuple[float, float], limits: list[float]) -> dict[str, object]:
+def _compare(quantised: Path, exact: Path, sets: dict[str, list[Row]]) -> dict[str, float]:
+    """ROC AUC of int8 less that of float32, by set; a set of attacks alone is set against `valid`'s benign texts."""
+    areas = []
+    for directory in (quantised, exact):
+        logits = {name: _raw(_score(directory, rows)) for name, rows in sets.items()}
+        benign = logits["valid"][[row.label == 0 for row in sets["valid"]]]
+        areas.append({name: _area(rows, logits[name], benign) for name, rows in sets.items()})
+    return {name: areas[0][name] - areas[1][name] for name in sets}
+
+
+def _config(
+    name: str, threshold: float, calibration: tuple[float, float], limits: list[float], penalty: float
+) -> dict[str, object]:
     return {
         "format": FORMAT,
         "name": name,
@@ -94,7 +104,7 @@ def _config(name: str, threshold: float, calibration: tuple[float, float], limit
         "calibration": {"method": "platt", "scale": calibration[0], "shift": calibration[1]},
         "threshold": threshold,
         "threshold_false_alarms_on_valid": calibrate.FALSE_ALARMS,
-        "window_penalty": WINDOW_PENALTY,
+        "window_penalty": round(penalty, 4),
     }
 
 
@@ -106,8 +116,13 @@ def _score(directory: Path, rows: list[Row]) -> list[Scored]:
     return list(direct.score(Model(directory, sessions=1, threads=2), [row.text for row in rows]))
 
 
-def _logits(scored: list[Scored]) -> Array:
+def _raw(scored: list[Scored]) -> Array:
+    """Logits as scored with a penalty of 0."""
     return np.array([one.logit for one in scored], dtype=np.float64)
+
+
+def _windows(scored: list[Scored]) -> Array:
+    return np.array([one.windows for one in scored], dtype=np.float64)
 
 
 def _area(rows: list[Row], logits: Array, benign: Array) -> float:

@@ -24,7 +24,7 @@ from services.fallback_model.training.noise import damage, encoded
 NOISY: Final = frozenset({"mosscap", "neuralchemy", "wildguardmix"})
 # How often a source is drawn, beside the power of its size: small good ones more, template-made and easy ones less.
 FACTORS: Final = {
-    "deepset_train": 3.0,
+    "deepset_train": 4.5,
     "spikee_docs": 1.5,
     "spikee_seeds": 1.5,
     "giskard": 3.0,

@@ -5,16 +5,17 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
 import random
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer
-from torch import Tensor
+from torch import Tensor, distributed
 from torch.nn import functional
 
 from services.fallback_model.characters import spell
@@ -27,9 +28,14 @@ CLS, SEP, PAD = 101, 102, 0
 
 @dataclass(frozen=True)
 class Plan:
-    """How long and how hard to train. The length is counted in tokens, padding included, so it does not hang on the machine."""
+    """How long and how hard to train.
+
+    The length is counted in tokens, padding included, so it does not hang on the machine. `minutes` bounds it by the clock
+    as well: the learning rate then decays by whichever is nearer its end, and the run can no longer be repeated exactly.
+    """
 
     tokens: int = 7_000_000
+    minutes: float = math.inf
     max_tokens: int = 128
     batch_tokens: int = 2560
     batch_rows: int = 64
@@ -128,11 +134,34 @@ def rate(done: float, plan: Plan) -> float:
     return plan.final_share + (1 - plan.final_share) * 0.5 * (1 + math.cos(math.pi * min(1.0, turn)))
 
 
+def join_gradients(model: Detector, own: list[float]) -> list[float]:
+    """Averages the gradients over all processes of `torchrun`, and with them the figures `own`, which are returned.
+
+    Two processes of one thread get on better on a busy machine than two threads, which wait for each other at every
+    operation.
+    """
+    if not distributed.is_initialized():
+        return own
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    flat = torch.cat([*(gradient.flatten() for gradient in gradients), torch.tensor(own)])
+    distributed.all_reduce(flat)
+    flat /= distributed.get_world_size()
+    place = 0
+    for gradient in gradients:
+        gradient.copy_(flat[place : place + gradient.numel()].view_as(gradient))
+        place += gradient.numel()
+    joined: list[float] = flat[place:].tolist()
+    return joined
+
+
 def train(train_file: Path, base: Path, out: Path, plan: Plan, start: Path | None = None) -> Path:
     """Trains and returns the path of the checkpoint (`weights.pt`) in `out`; snapshots of the average go there on the way.
 
     `start` is a checkpoint to go on from instead of the base weights.
     """
+    if "WORLD_SIZE" in os.environ and not distributed.is_initialized():
+        distributed.init_process_group("gloo")
+    rank, world = (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
     torch.set_num_threads(plan.threads)
     torch.manual_seed(plan.seed)
     out.mkdir(parents=True, exist_ok=True)
@@ -153,38 +182,42 @@ def train(train_file: Path, base: Path, out: Path, plan: Plan, start: Path | Non
     )
     full = [group["lr"] for group in optimizer.param_groups]
     average = copy.deepcopy(model)
+    plan = replace(plan, seed=plan.seed + 1000 * rank)  # every process draws its own samples
     stream = Sampler(read_rows(train_file), plan.seed).stream()
-    tokens = rows = 0
+    tokens, rows, clock_share = 0.0, 0.0, 0.0
     next_snapshot, losses, began = plan.snapshot_every, [], time.monotonic()
     model.train()
     for step, batch in enumerate(batches(stream, bare_tokenizer(base / "tokenizer.json"), plan), 1):
-        done = tokens / plan.tokens
+        done = max(tokens / plan.tokens, clock_share)
         if done >= 1.0:
             break
         for group, top in zip(optimizer.param_groups, full, strict=True):
             group["lr"] = top * rate(done, plan)
         loss = loss_of(model, batch, plan)
         loss.backward()
+        own = [float(batch.ids.numel()), float(len(batch.ids)), (time.monotonic() - began) / (60 * plan.minutes), loss.item()]
+        mean_tokens, mean_rows, clock_share, mean_loss = join_gradients(model, own)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        tokens += batch.ids.numel()
-        rows += len(batch.ids)
-        losses.append(loss.item())
+        tokens += mean_tokens * world
+        rows += mean_rows * world
+        losses.append(mean_loss)
         with torch.no_grad():
             keep = min(plan.averaging, 1 - 1 / step)
             for ours, theirs in zip(average.parameters(), model.parameters(), strict=True):
                 if theirs.requires_grad:
                     ours.lerp_(theirs, 1 - keep)
-        if step % 50 == 0:
+        if step % 50 == 0 and rank == 0:
             spent = time.monotonic() - began
             print(  # noqa: T201  # the log of a command line tool
-                f"step {step} done {done:.3f} rows {rows} loss {np.mean(losses[-50:]):.4f} tok/s {tokens / spent:.0f} "
+                f"step {step} done {done:.3f} rows {rows:.0f} loss {np.mean(losses[-50:]):.4f} tok/s {tokens / spent:.0f} "
                 f"left {spent / done * (1 - done) / 60 if done else 0:.1f} min",
                 flush=True,
             )
-        if done >= next_snapshot:
+        if done >= next_snapshot and rank == 0:
             next_snapshot += plan.snapshot_every
             torch.save(average.state_dict(), out / "snapshot.pt")
-    torch.save(average.state_dict(), out / "weights.pt")
+    if rank == 0:
+        torch.save(average.state_dict(), out / "weights.pt")
     return out / "weights.pt"

@@ -15,6 +15,7 @@ from tokenizers.processors import TemplateProcessing
 from services.fallback_model.detector import Model
 from services.fallback_model.engine import Calibration, ModelError, read_card
 
+INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 VOCABULARY = {"[PAD]": 0, "[CLS]": 1, "[SEP]": 2, "[UNK]": 3, "hello": 4, "attack": 5, "world": 6}
 
 
@@ -116,17 +117,17 @@ def test_the_malicious_label_is_found_by_its_name(foreign: Path, labels: list[st
 )
 def test_a_directory_that_cannot_be_used_is_refused_in_words(foreign: Path, config: str) -> None:
     (foreign / "config.json").write_text(config)
-    with pytest.raises(ModelError, match="config.json"):
+    with pytest.raises(ModelError, match="config"):
         read_card(foreign)
 
 
 @pytest.mark.parametrize("name", ["model.onnx", "tokenizer.json", "config.json"])
 def test_a_missing_or_broken_file_is_refused_in_words(foreign: Path, name: str) -> None:
     (foreign / name).write_text("broken")
-    with pytest.raises(ModelError, match=name):
+    with pytest.raises(ModelError, match=name.split(".")[0]):
         Model(foreign, sessions=1, threads=1)
     (foreign / name).unlink()
-    with pytest.raises(ModelError, match=name):
+    with pytest.raises(ModelError, match=name.split(".")[0]):
         Model(foreign, sessions=1, threads=1)
 
 

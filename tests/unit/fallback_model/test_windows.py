@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -27,7 +29,7 @@ def test_every_token_is_in_a_window_and_no_window_is_too_long(text: str) -> None
         assert window.ids[1:-1].tolist() == encoding.ids[window.first : window.last]
         start, end = characters(encoding, window)
         assert 0 <= start <= end <= len(text)
-    for before, after in zip(windows, windows[1:], strict=False):
+    for before, after in itertools.pairwise(windows):
         assert before.last - after.first >= 5
 
 

@@ -146,6 +146,24 @@ def histories(draw: st.DrawFn) -> list[Step]:
     return steps
 
 
+@st.composite
+def edges(draw: st.DrawFn) -> list[Step]:
+    """Bursts about as long as a slot, each retried about one window later: where slots are freed, and a mistake would show."""
+    scale = draw(st.sampled_from((1, 1440)))  # in the minute, or in the day
+    limit = draw(st.integers(1, 40))
+    rng = draw(st.randoms(use_true_random=False))
+    limits = (limit, 10**9) if scale == 1 else (10**9, limit)
+    steps: list[Step] = []
+    for _ in range(3):
+        length = 0.0
+        for call in range(30):
+            pause = rng.uniform(0, 0.15) * scale if call else 0.0
+            length += pause
+            steps.append((pause, rng.randint(1, 3), limits))
+        steps.append((max(0.0, rng.uniform(59, 60.5) * scale - length), 1, limits))
+    return steps
+
+
 # Before which step a clock steps back, and by how many seconds.
 steps_back = st.lists(st.tuples(st.integers(0, 150), st.floats(0, 200_000)), max_size=5)
 

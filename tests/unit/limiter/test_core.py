@@ -18,6 +18,7 @@ from tests.unit.limiter.rule import (
     RuleBehaviour,
     Step,
     Timed,
+    edges,
     histories,
     mixed_overload,
     overload,
@@ -32,13 +33,13 @@ class TestCoreRule(RuleBehaviour):
         return CoreRule(policy)
 
 
-@given(histories())
+@given(histories() | edges())
 @settings(max_examples=150, deadline=None)
 def test_every_decision_agrees_with_an_exact_log(steps: list[Step]) -> None:
     replay(Timed(CoreRule(PER_KEY)), PER_KEY, (MINUTE, DAY), steps)
 
 
-@given(histories(), steps_back)
+@given(histories() | edges(), steps_back)
 @settings(max_examples=100, deadline=None)
 def test_a_clock_that_steps_back_never_admits_more(steps: list[Step], back: list[tuple[int, float]]) -> None:
     replay_stepping_back(CoreRule(PER_KEY), steps, back)
