@@ -16,6 +16,7 @@ import nats
 import nats.js.errors
 import pytest
 from nats.aio.client import Client
+from nats.aio.msg import Msg
 from pydantic import SecretStr
 
 from infra.embedded.servers import Server
@@ -220,6 +221,20 @@ async def test_a_busy_worker_is_left_for_another(fleet: Fleet) -> None:
     assert len(judged) >= 30
     assert all(code_of(reply) == ErrorCode.OVERLOADED for reply in replies if reply.error is not None)
     assert asked > 3
+
+
+@pytest.mark.parametrize(
+    "answer", [b"garbage", b'{"error":{"code":"\xff"}}', b'{"x":' + b"[" * 100_000, b'{"result":{"confidence":2}}']
+)
+async def test_a_worker_that_answers_nonsense_is_no_engine(fleet: Fleet, answer: bytes) -> None:
+    async with fleet.operator() as client, fleet.proxy(), fleet.bus("limiter") as limiter:
+
+        async def respond(message: Msg) -> None:
+            await client.publish(message.reply, answer)
+
+        await client.subscribe(subjects.model_pool(subjects.DEFAULT_POOL), cb=respond)
+        await client.flush()
+        assert code_of(await ask(limiter)) == ErrorCode.NO_ENGINE
 
 
 async def test_a_hanging_worker_is_left_for_another(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -286,14 +286,20 @@ async def test_calls_that_wait_behind_a_hung_batch_do_not_hang_in_turn(redis_ser
 
 async def test_a_process_that_stands_still_does_not_blame_redis() -> None:
     loop = asyncio.get_running_loop()
-    answer: asyncio.Future[str] = loop.create_future()
-    arrival = threading.Timer(0.05, loop.call_soon_threadsafe, (answer.set_result, "in time"))
+    arrived: asyncio.Future[str] = loop.create_future()
+    arrival = threading.Timer(0.05, loop.call_soon_threadsafe, (arrived.set_result, "in time"))
+
+    async def call() -> str:
+        answer = await arrived
+        for _ in range(10):
+            await asyncio.sleep(0)  # an answer takes some turns of the loop to be read
+        return answer
 
     async def stand_still() -> None:
         time.sleep(3 * adapters.TIMEOUT_SECONDS)  # noqa: ASYNC251  # which is the point
 
     arrival.start()
-    outcome, _ = await asyncio.gather(adapters._within_the_timeout(answer), stand_still())
+    outcome, _ = await asyncio.gather(adapters._within_the_timeout(call()), stand_still())
     assert outcome == "in time"
 
 

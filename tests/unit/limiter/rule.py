@@ -97,12 +97,17 @@ def overload(rule: Rule, limit: int, seconds: float, pace: str, windows: int = 4
     """What share of its limit a rule of one window admits, over some windows in which always a call is waiting."""
     timed = Timed(rule)
     rng = random.Random(limit)
-    cost = max(1, limit // 200)
-    # Twice as many units as the limit, and at the least 200 calls a window.
-    interval = seconds / max(200, 2 * limit // cost)
+    if pace == "barely":
+        # The hardest: with one call in twenty too many, admissions stay spread over the window, and every slot is waited for.
+        cost = max(1, limit // 2000)
+        interval = seconds * cost / (1.05 * limit)
+    else:
+        # Twice as many units as the limit, and at the least 200 calls a window.
+        cost = max(1, limit // 200)
+        interval = seconds / max(200, 2 * limit // cost)
     admitted, elapsed = 0, 0.0
     while True:
-        pause = {"flood": interval / 2, "twice": interval, "jitter": interval * rng.uniform(0, 2)}[pace]
+        pause = interval * {"flood": 0.5, "jitter": rng.uniform(0, 2)}.get(pace, 1)
         if elapsed + pause >= windows * seconds:
             return admitted / (limit * windows)
         elapsed += pause

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import itertools
 import random
 from collections import Counter
 
@@ -45,11 +46,18 @@ def test_a_clock_that_steps_back_never_admits_more(steps: list[Step], back: list
     replay_stepping_back(CoreRule(PER_KEY), steps, back)
 
 
-@pytest.mark.parametrize("limit", [1, 2, 60, 63, 64, 65, 1000, 1_000_000])
 @pytest.mark.parametrize("seconds", [MINUTE, DAY])
-@pytest.mark.parametrize("pace", ["flood", "twice", "jitter"])
-def test_at_least_98_percent_under_steady_overload(limit: int, seconds: float, pace: str) -> None:
-    assert 0.98 <= overload(CoreRule(Policy.of(seconds)), limit, seconds, pace) <= 1.25
+@pytest.mark.parametrize(
+    ("limit", "pace"),
+    [
+        *itertools.product([1, 2, 60, 63, 64, 65, 1000, 1_000_000], ["flood", "twice", "jitter"]),
+        *itertools.product([1000, 10_000, 1_000_000], ["barely"]),
+    ],
+)
+def test_at_least_98_percent_under_steady_overload(limit: int, pace: str, seconds: float) -> None:
+    # What the slots cost shows only after some windows when demand is barely too much: the first of them is filled as it comes.
+    windows = 20 if pace == "barely" else 4
+    assert 0.98 <= overload(CoreRule(Policy.of(seconds)), limit, seconds, pace, windows) <= (windows + 1) / windows
 
 
 @pytest.mark.parametrize(("limit", "largest"), [(100_000, 1000), (1000, 100), (1_000_000, 10_000)])
