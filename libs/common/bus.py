@@ -336,9 +336,9 @@ class Bus:
             # A last forward may still be answered "no responders"; that answer is on its way back before this flush returns.
             await self.publish(EVENT_LEFT, InstanceLeft(service=self.service, instance=self.instance))
             await self._settle()
-        # Everything is drained by now. nats-py's own drain, which FastStream calls, would wait out its 30 s for a pull
-        # subscription that has ever been read (`fetch` takes messages off its queue without saying that they are done), and
-        # refuses a connection that is being made again. On a closed one it does nothing.
+        # Everything is drained by now. nats-py's own drain, which FastStream calls, may wait out its 30 s for a pull subscription
+        # (`fetch` takes some messages off its queue without saying that they are done), and refuses a connection that is
+        # being made again. On a closed one it does nothing.
         if self.broker._connection is not None:
             await self.broker._connection.close()
         with contextlib.suppress(nats.errors.ConnectionClosedError):
