@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 
 import nats.errors
@@ -27,6 +27,7 @@ from libs.common.errors import PortcullisError
 from services.auth.adapters import PostgresKeys, PostgresLedgers, engine_url, make_engine
 from services.auth.core import Usage
 from services.auth.migrate import migrate
+from services.auth.ports import StreamError
 from services.auth.stream import JetStreamUsage
 from services.auth.usage import UsageCounter
 from tests.conftest import OPERATOR, free_port
@@ -167,6 +168,32 @@ async def test_a_restart_of_nats_loses_and_doubles_nothing(kit: Kit, nats_of_its
         await ledger.settle()
 
 
+async def test_counting_can_be_stopped_when_its_connection_is_closed(kit: Kit) -> None:
+    bus = kit.bus("auth")
+    await bus.connect()
+    stream = JetStreamUsage(bus, STREAM_BYTES)
+    await stream.state()
+    reading = asyncio.Event()
+
+    async def read_for_ever() -> None:
+        while True:
+            with suppress(StreamError):
+                async with stream.read(0) as reader:
+                    reading.set()
+                    await reader.batch()
+            await asyncio.sleep(0.1)
+
+    task = asyncio.create_task(read_for_ever())
+    await asyncio.wait_for(reading.wait(), 10)
+    await asyncio.sleep(0.1)
+    await bus.connection.close()
+    task.cancel()
+    await asyncio.wait({task}, timeout=3)
+    stopped = task.cancelled()
+    task.cancel()
+    assert stopped
+
+
 async def test_a_stream_made_anew_is_counted_from_its_beginning(kit: Kit) -> None:
     async with ledger_of(kit) as ledger, counting(kit):
         await ledger.publish(30)
@@ -189,29 +216,28 @@ async def test_a_stream_that_is_there_is_not_altered(kit: Kit) -> None:
 
 
 async def test_processes_killed_in_the_middle_lose_and_double_nothing(kit: Kit) -> None:
-    async def start() -> asyncio.subprocess.Process:
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "services.auth",
-            env={
-                **os.environ,
-                "PORTCULLIS_NATS_URL": kit.nats.url,
-                "PORTCULLIS_NATS_USER": "auth",
-                "PORTCULLIS_NATS_PASSWORD": kit.passwords["auth"],
-                "PORTCULLIS_DATABASE_URL": kit.database_url,
-                "PORTCULLIS_KEY_PEPPER": PEPPER,
-                "PORTCULLIS_ADMIN_TOKEN": ADMIN_TOKEN,
-            },
-            stderr=asyncio.subprocess.PIPE,
-        )
-        assert process.stderr is not None
-        async with asyncio.timeout(30):
-            while b'"ready"' not in await process.stderr.readline():
-                pass
-        return process
+    environment = {
+        **os.environ,
+        "PORTCULLIS_NATS_URL": kit.nats.url,
+        "PORTCULLIS_NATS_USER": "auth",
+        "PORTCULLIS_NATS_PASSWORD": kit.passwords["auth"],
+        "PORTCULLIS_DATABASE_URL": kit.database_url,
+        "PORTCULLIS_KEY_PEPPER": PEPPER,
+        "PORTCULLIS_ADMIN_TOKEN": ADMIN_TOKEN,
+    }
+    command = (sys.executable, "-m", "services.auth")
 
-    async with ledger_of(kit) as ledger:
+    async with ledger_of(kit) as ledger, AsyncExitStack() as stack:
+
+        async def start() -> asyncio.subprocess.Process:
+            process = await asyncio.create_subprocess_exec(*command, env=environment, stderr=asyncio.subprocess.PIPE)
+            stack.callback(end, process)
+            assert process.stderr is not None
+            async with asyncio.timeout(60):
+                while b'"ready"' not in await process.stderr.readline():
+                    assert not process.stderr.at_eof()
+            return process
+
         first, second = await asyncio.gather(start(), start())
         publishing = asyncio.create_task(ledger.publish(10_000, 0.002))
         await asyncio.sleep(1)
@@ -220,10 +246,15 @@ async def test_processes_killed_in_the_middle_lose_and_double_nothing(kit: Kit) 
         third = await start()
         second.kill()
         await second.wait()
-        await asyncio.sleep(2)
+        await asyncio.sleep(1)
         publishing.cancel()
         await asyncio.wait({publishing})
         await ledger.settle()
-        assert ledger.published > 300
+        assert ledger.published > 100
         third.terminate()
         assert await asyncio.wait_for(third.wait(), 20) == 0
+
+
+def end(process: asyncio.subprocess.Process) -> None:
+    with suppress(ProcessLookupError):
+        process.kill()

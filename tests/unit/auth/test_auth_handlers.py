@@ -213,7 +213,7 @@ async def test_of_two_rotations_at_once_one_wins(bench: Bench) -> None:
     outcomes = await asyncio.gather(bench.rotate(issued.api_key), bench.rotate(issued.api_key), return_exceptions=True)
     won = [outcome for outcome in outcomes if isinstance(outcome, IssuedKey)]
     assert len(won) == 1
-    assert [outcome.code for outcome in outcomes if isinstance(outcome, PortcullisError)] == [ErrorCode.CONFLICT]
+    assert [outcome.code for outcome in outcomes if isinstance(outcome, PortcullisError)] == [ErrorCode.FORBIDDEN]
     await bench.detect(won[0].api_key)
 
 
@@ -314,7 +314,7 @@ async def test_a_revoked_key_cannot_be_changed_and_stays_revoked(bench: Bench) -
     second = result(await handlers.delete_key(message, CONTEXT, bench.use), KeyRecord)
     assert first.revoked_at == second.revoked_at == "2026-01-02T03:04:05.678Z"
     update = AdminUpdateKey(admin=TOKEN, key_id=issued.record.key_id, name="again")
-    assert await refused(handlers.update_key(update, CONTEXT, bench.use)) == ErrorCode.CONFLICT
+    assert await refused(handlers.update_key(update, CONTEXT, bench.use)) == ErrorCode.INVALID_FIELD
 
 
 async def test_keys_that_do_not_exist(bench: Bench) -> None:
