@@ -18,16 +18,19 @@ from rich.console import Console
 from rich.table import Table
 
 from infra.embedded import control, logs, stack, welcome
-from infra.embedded.home import ROOT, Home, HomeError, locate_home, open_home
+from infra.embedded.home import HOME_VARIABLE, ROOT, Home, HomeError, locate_home, open_home
 from infra.embedded.process import die_with_parent
 from infra.embedded.servers import ServerError
 from libs.common import VERSION
+from libs.common.subjects import SERVICES
 
 READY_SECONDS = 60.0
 DYING_STARTS = 4
 """A process that was started this often before the stack was ready will not come up by itself."""
 
 LOG_LINES_SHOWN = 12
+
+_ORDER = (*SERVICES, *stack.SERVERS)
 
 
 class UpError(Exception):
@@ -68,8 +71,8 @@ def main() -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        where = f": {error.filename}" if error.filename else ""
-        print(f"portcullis: {error.strerror}{where}", file=sys.stderr)
+        home = locate_home(dict(os.environ)).path
+        print(f"portcullis: {error.strerror}: {error.filename or home}; the data is in {HOME_VARIABLE}={home}", file=sys.stderr)
     return 1
 
 
@@ -224,7 +227,7 @@ def status(home: Home) -> int:
         table.add_column(title)
     for title in ("pid", "up", "restarts", "memory"):
         table.add_column(title, justify="right")
-    for state in states:
+    for state in sorted(states, key=lambda state: _ORDER.index(state.name.rpartition("_")[0])):
         memory = f"{control.memory_bytes(state.pid) / 1e6:.0f} MB" if state.pid else ""
         up_for = _duration(time.time() - state.starts[-1]) if state.pid and state.starts else ""
         style = None if state.state == "running" else "red"

@@ -192,7 +192,8 @@ def _create_cluster(binaries: Path, data: Path, password: str, drop: tuple[str, 
         making.rename(data)
     except (subprocess.CalledProcessError, OSError) as error:
         shutil.rmtree(making, ignore_errors=True)
-        said = error.stderr.strip().splitlines() if isinstance(error, subprocess.CalledProcessError) else []
-        raise ServerError(f"PostgreSQL's data directory {data} could not be created: {said[-1] if said else error}") from None
+        said = error.stderr.strip().splitlines() if isinstance(error, subprocess.CalledProcessError) else [str(error)]
+        reason = next((line for line in said if "error" in line.lower() or "fatal" in line.lower()), said[-1] if said else error)
+        raise ServerError(f"PostgreSQL's data directory {data} could not be created: {reason}") from None
     finally:
         password_file.unlink(missing_ok=True)
