@@ -80,8 +80,12 @@ def main() -> int:
 
 
 def up(environment: dict[str, str], *, detach: bool, scale: dict[str, int]) -> int:
-    """Start everything; returns 0 when it was stopped in order (or, with `detach`, when it is ready)."""
+    """Start everything; returns 0 when it was stopped in order (or, with `detach`, when it is ready).
+
+    130, as a shell would say, when it was stopped before it was ready.
+    """
     began = time.monotonic()
+    status = 130
     if not detach:
         die_with_parent(signal.SIGTERM)
     _stop_on_signals()
@@ -108,9 +112,12 @@ def up(environment: dict[str, str], *, detach: bool, scale: dict[str, int]) -> i
             except welcome.NotReadyError as error:
                 raise UpError(_explain(home, supervisor, str(error))) from None
         print(_greeting(home, base_url, key, verdict, time.monotonic() - began, detach=detach), flush=True)
+        status = 0
         if detach:
-            return 0
-        process.wait()
+            return status
+        if process.wait() != 0:
+            status = 1
+            print("portcullis: the supervisor ended:\n" + _last_lines(home, "supervisor.*"), file=sys.stderr)
     except StoppedError:
         print("\nStopping…", flush=True)
     except UpError:
@@ -120,7 +127,7 @@ def up(environment: dict[str, str], *, detach: bool, scale: dict[str, int]) -> i
     if process is not None:
         _stop(home, process)
     print("Stopped.", flush=True)
-    return 0
+    return status
 
 
 def _stop_on_signals() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -13,7 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from infra.embedded import servers
 from tests.chaos.kit import ROOT, Stack
+from tests.conftest import free_port, running
 
 SECRET_FILES = ("nats.conf", "redis.conf", "supervisord.conf", "ports.json", "edge.json")
 
@@ -100,6 +103,42 @@ def test_a_life_of_the_stack_from_up_to_ctrl_c_and_up_again(home: Path) -> None:
     assert stack.processes() + other.processes() == []
     assert "Nothing was running." in stack.run("down").stdout
     assert stack.run("status", check=False).returncode == 3
+
+
+def test_a_server_of_ones_own_is_used_and_the_embedded_one_is_not_started(home: Path) -> None:
+    home.mkdir()
+    with contextlib.ExitStack() as started:
+        nats = started.enter_context(running(servers.nats(home / "nats", free_port(), {"mine": "secret"})))
+        redis = started.enter_context(running(servers.redis(home, free_port(), "secret")))
+        stack = Stack(
+            home / "home",
+            environment={
+                "PORTCULLIS_NATS_URL": nats.url,
+                "PORTCULLIS_NATS_USER": "mine",
+                "PORTCULLIS_NATS_PASSWORD": "secret",
+                "PORTCULLIS_REDIS_URL": redis.url,
+            },
+        )
+        try:
+            stack.up()
+            shown = stack.run("status").stdout
+        finally:
+            stack.run("down", check=False)
+    assert "limiter_0" in shown
+    assert "postgres_0" in shown
+    assert "nats_0" not in shown
+    assert "redis_0" not in shown
+    assert stack.processes() == []
+
+
+def test_a_supervisor_that_is_killed_ends_up_too_and_says_so(home: Path) -> None:
+    stack = Stack(home)
+    process, _ = started_in_foreground(stack)
+    os.kill(int((home / "supervisord.pid").read_text()), signal.SIGKILL)
+    rest = process.communicate(timeout=60)[0]
+    assert "the supervisor ended" in rest
+    assert process.returncode == 1
+    assert stack.processes() == []
 
 
 def explained(stack: Stack, *arguments: str) -> str:
