@@ -18,16 +18,19 @@ from rich.console import Console
 from rich.table import Table
 
 from infra.embedded import control, logs, stack, welcome
-from infra.embedded.home import ROOT, Home, HomeError, locate_home, open_home
+from infra.embedded.home import HOME_VARIABLE, ROOT, Home, HomeError, locate_home, open_home
 from infra.embedded.process import die_with_parent
 from infra.embedded.servers import ServerError
 from libs.common import VERSION
+from libs.common.subjects import SERVICES
 
 READY_SECONDS = 60.0
 DYING_STARTS = 4
 """A process that was started this often before the stack was ready will not come up by itself."""
 
 LOG_LINES_SHOWN = 12
+
+_ORDER = (*SERVICES, *stack.SERVERS)
 
 
 class UpError(Exception):
@@ -51,6 +54,7 @@ def main() -> int:
     logs_parser.add_argument("-f", "--follow", action="store_true", help="and go on with new ones")
     logs_parser.add_argument("-n", "--lines", type=int, default=50)
     arguments = parser.parse_args()
+    os.umask(0o077)  # what is made in the home is its owner's
     try:
         match arguments.command:
             case "up":
@@ -67,8 +71,8 @@ def main() -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        where = f": {error.filename}" if error.filename else ""
-        print(f"portcullis: {error.strerror}{where}", file=sys.stderr)
+        home = locate_home(dict(os.environ)).path
+        print(f"portcullis: {error.strerror}: {error.filename or home}; the data is in {HOME_VARIABLE}={home}", file=sys.stderr)
     return 1
 
 
@@ -76,8 +80,12 @@ def main() -> int:
 
 
 def up(environment: dict[str, str], *, detach: bool, scale: dict[str, int]) -> int:
-    """Start everything; returns 0 when it was stopped in order (or, with `detach`, when it is ready)."""
+    """Start everything; returns 0 when it was stopped in order (or, with `detach`, when it is ready).
+
+    130, as a shell would say, when it was stopped before it was ready.
+    """
     began = time.monotonic()
+    status = 130
     if not detach:
         die_with_parent(signal.SIGTERM)
     _stop_on_signals()
@@ -104,9 +112,12 @@ def up(environment: dict[str, str], *, detach: bool, scale: dict[str, int]) -> i
             except welcome.NotReadyError as error:
                 raise UpError(_explain(home, supervisor, str(error))) from None
         print(_greeting(home, base_url, key, verdict, time.monotonic() - began, detach=detach), flush=True)
+        status = 0
         if detach:
-            return 0
-        process.wait()
+            return status
+        if process.wait() != 0:
+            status = 1
+            print("portcullis: the supervisor ended:\n" + _last_lines(home, "supervisor.*"), file=sys.stderr)
     except StoppedError:
         print("\nStopping…", flush=True)
     except UpError:
@@ -116,7 +127,7 @@ def up(environment: dict[str, str], *, detach: bool, scale: dict[str, int]) -> i
     if process is not None:
         _stop(home, process)
     print("Stopped.", flush=True)
-    return 0
+    return status
 
 
 def _stop_on_signals() -> None:
@@ -223,7 +234,7 @@ def status(home: Home) -> int:
         table.add_column(title)
     for title in ("pid", "up", "restarts", "memory"):
         table.add_column(title, justify="right")
-    for state in states:
+    for state in sorted(states, key=lambda state: _ORDER.index(state.name.rpartition("_")[0])):
         memory = f"{control.memory_bytes(state.pid) / 1e6:.0f} MB" if state.pid else ""
         up_for = _duration(time.time() - state.starts[-1]) if state.pid and state.starts else ""
         style = None if state.state == "running" else "red"
