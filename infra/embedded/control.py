@@ -47,17 +47,18 @@ class Supervisor:
 
     def __init__(self, home: Home) -> None:
         self._home = home
-        self._server = xmlrpc.client.ServerProxy(
-            "http://127.0.0.1",  # not used: the transport has the socket
-            transport=SupervisorTransport(None, None, f"unix://{home.supervisor_socket()}"),
-        )
 
     def _call(self, name: str) -> Any:
         """The answer of supervisord, or None when nobody listens or it has just gone."""
+        # A transport that could not connect once never does again, so each call has its own.
+        transport = SupervisorTransport(None, None, f"unix://{self._home.supervisor_socket()}")
+        server = xmlrpc.client.ServerProxy("http://127.0.0.1", transport=transport)  # the transport knows the way
         try:
-            return getattr(self._server.supervisor, name)()
+            return getattr(server.supervisor, name)()
         except (OSError, http.client.HTTPException, xmlrpc.client.Error):
             return None
+        finally:
+            transport.close()
 
     def pid(self) -> int | None:
         return cast("int | None", self._call("getPID"))

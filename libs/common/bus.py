@@ -155,7 +155,7 @@ class _Stage(Generic[T]):
             if remaining <= 0:
                 outcome_name = "expired"
                 return
-            body = self._decode(msg.data)
+            body = self._read(msg.data)
             rate = getattr(body, "rate", None)
             # Work that outlives its deadline is cancelled: the caller has been told, and will not read it.
             async with asyncio.timeout(remaining):
@@ -170,12 +170,6 @@ class _Stage(Generic[T]):
                 await self._bus.answer(origin, outcome, spent)
         except TimeoutError:
             outcome_name = "expired"
-        except msgspec.DecodeError as error:
-            # msgspec's sentence names the field and the expected type, not the value.
-            outcome_name = ErrorCode.BAD_REQUEST
-            await self._bus.reply_error(
-                origin, PortcullisError(ErrorCode.BAD_REQUEST, f"The message could not be read: {error}."), context, rate
-            )
         except PortcullisError as error:
             outcome_name = error.code
             if error.internal:
@@ -190,6 +184,15 @@ class _Stage(Generic[T]):
         finally:
             self._in_flight.dec()
             self._count(outcome_name, time.perf_counter_ns() - started)
+
+    def _read(self, data: bytes) -> T:
+        try:
+            return self._decode(data)
+        except msgspec.DecodeError as error:
+            # msgspec's sentence names the field and the expected type, not the value.
+            raise PortcullisError(ErrorCode.BAD_REQUEST, f"The message could not be read: {error}.") from None
+        except (UnicodeDecodeError, RecursionError):  # what msgspec lets through: bytes that are not UTF-8, endless nesting
+            raise PortcullisError(ErrorCode.BAD_REQUEST, "The message could not be read.") from None
 
     def _count(self, outcome: str, spent_ns: int) -> None:
         self.counters.requests += 1
@@ -292,8 +295,8 @@ class Bus:
         async def accept(message: NatsMessage) -> None:
             try:
                 event = decode(message.body)
-            except msgspec.DecodeError as error:
-                log.warning("undecodable event on %s: %s", subject, error)
+            except (ValueError, RecursionError) as error:
+                log.warning("undecodable event on %s: %r", subject, type(error))
                 return
             await handler(event)
 
@@ -376,7 +379,7 @@ class Bus:
             raise NoRespondersError(subject)
         try:
             reply = self._decode_reply(msg.data)
-        except msgspec.DecodeError as error:
+        except (ValueError, RecursionError) as error:  # what msgspec raises, for bytes that are not UTF-8 and endless nesting too
             raise PortcullisError(ErrorCode.STAGE_UNAVAILABLE, internal=f"bad reply on {subject}: {error}") from error
         return Response(reply, parse_timings(answered.get(TIMINGS_HEADER)))
 

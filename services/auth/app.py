@@ -79,7 +79,8 @@ async def parts(bus: Bus, settings: AuthSettings) -> AsyncIterator[None]:
         bus.stage(subjects.DETECT_REQUEST, DetectRequest, partial(handlers.detect, authenticator=authenticator))
         _register_calls(bus, use, finisher)
 
-        await stack.enter_async_context(_background(health.watch(PostgresCheck(own_engine).check)))
+        watching = _Background(health.watch(PostgresCheck(own_engine).check))
+        stack.push_async_callback(watching.stop)
         usage = JetStreamUsage(bus, settings.usage_stream_bytes)
         try:
             # Before the first request, so that its event finds a stream.
@@ -87,7 +88,10 @@ async def parts(bus: Bus, settings: AuthSettings) -> AsyncIterator[None]:
         except StreamError as error:
             log.warning("usage is not counted yet: %s", error)
         counter = UsageCounter(usage, PostgresLedgers(own_engine), clock, retention_days=settings.usage_retention_days)
-        await stack.enter_async_context(_background(counter.run()))
+        counting = _Background(counter.run())
+        stack.push_async_callback(counting.stop)
+        # Before the connection is drained, too: nats-py waits half a minute for a reader that has no time to read any more.
+        bus.on_drained.append(counting.stop)
         yield
 
 
@@ -136,12 +140,13 @@ def _register_calls(bus: Bus, use: Keys, finisher: Finisher) -> None:
     stage(subjects.BREAKERS_RESET_REQUEST, BreakersResetRequest, finished(handlers.reset_breakers, use, finisher))
 
 
-@asynccontextmanager
-async def _background(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
-    task = asyncio.get_running_loop().create_task(work)
-    try:
-        yield
-    finally:
-        task.cancel()
+class _Background:
+    """Work that goes on until it is stopped."""
+
+    def __init__(self, work: Coroutine[Any, Any, None]) -> None:
+        self._task = asyncio.get_running_loop().create_task(work)
+
+    async def stop(self) -> None:
+        self._task.cancel()
         with suppress(asyncio.CancelledError):
-            await task
+            await self._task

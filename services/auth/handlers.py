@@ -136,8 +136,7 @@ async def rotate(message: AccountRequest, _: RequestContext, use: Keys) -> Forwa
     """
     caller = await use.authenticator.authenticate(message.credential)
     key_id = caller.principal.key_id
-    if caller.match is not Match.CURRENT:
-        raise PortcullisError(ErrorCode.FORBIDDEN, "This secret has been replaced by a newer one, which must be used to rotate.")
+    _require_current(caller)
     api_key = keys.generate(key_id)
     valid_until = use.now() + use.policy.rotate_grace
     stored = await use.store.replace_secret(
@@ -148,7 +147,9 @@ async def rotate(message: AccountRequest, _: RequestContext, use: Keys) -> Forwa
     )
     await use.announcer.changed(key_id)
     if stored is None:
-        raise PortcullisError(ErrorCode.CONFLICT, "The key was rotated or revoked by another call at the same time.")
+        # Another call was faster: this secret is refused as one that was replaced, or as that of a revoked key.
+        _require_current(await use.authenticator.authenticate(message.credential))
+        raise PortcullisError(ErrorCode.STAGE_UNAVAILABLE, internal="the secret was replaced while it was current")
     usage = (await use.store.usage([key_id])).get(key_id, Usage())
     issued = IssuedKey(api_key=api_key, record=core.record_of(stored, usage), previous_valid_until=core.iso(valid_until))
     return _answered(caller, issued)
@@ -159,6 +160,11 @@ async def revoke(message: AccountRequest, _: RequestContext, use: Keys) -> Forwa
     await use.store.revoke(caller.principal.key_id, use.now())
     await use.announcer.changed(caller.principal.key_id)
     return _answered(caller, None)
+
+
+def _require_current(caller: Caller) -> None:
+    if caller.match is not Match.CURRENT:
+        raise PortcullisError(ErrorCode.FORBIDDEN, "This secret has been replaced by a newer one, which must be used to rotate.")
 
 
 def _answered(caller: Caller, result: KeyRecord | IssuedKey | None) -> Forward:
@@ -220,7 +226,7 @@ async def update_key(message: AdminUpdateKey, _: RequestContext, use: Keys) -> A
     fields.check()
     before = await _stored(use, message.key_id)
     if before.revoked_at is not None:
-        raise PortcullisError(ErrorCode.CONFLICT, "The key is revoked and cannot be changed any more.")
+        raise PortcullisError(ErrorCode.INVALID_FIELD, fields=(("key_id", "is that of a revoked key, which cannot be changed"),))
     await use.store.change(message.key_id, changes)
     await use.announcer.changed(message.key_id)
     return Answer(await _record(use, message.key_id))

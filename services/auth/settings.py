@@ -22,14 +22,16 @@ class AuthSettings(CommonSettings):
     """Without one, only keys with the scope `admin` may administer."""
     registration: Literal["open", "admin"] = "admin"
     """`open`: anybody may register a key; `admin`: the admin token is needed."""
-    register_max_per_minute: Annotated[int, Field(ge=1)] = 1_000
-    register_max_per_day: Annotated[int, Field(ge=1)] = 100_000
-    """The highest limits that a self-registered key may have."""
+    register_max_per_minute: Annotated[int, Field(ge=1, le=1_000_000)] = 1_000
+    """The highest limit per minute that a self-registered key may have."""
+    register_max_per_day: Annotated[int, Field(ge=1, le=1_000_000_000)] = 100_000
+    """The highest limit per day that a self-registered key may have."""
     rotate_grace_seconds: Annotated[int, Field(ge=0, le=30 * 86_400)] = 86_400
     """How long a rotated key's old secret keeps working: time to deploy the new one."""
     auth_cache_ttl_seconds: Annotated[float, Field(gt=0, le=30)] = 10.0
     """How long a key that was read from PostgreSQL is used without asking again. Changes are broadcast and count at once."""
     auth_cache_entries: Annotated[int, Field(ge=1)] = 65_536
+    """Keys that a replica remembers at most, about 1 KB each."""
     usage_stream_bytes: Annotated[int, Field(ge=1024 * 1024)] = 512 * 1024 * 1024
     """Bound of the USAGE stream, used only when the stream does not exist yet; about 2.5 million events."""
     usage_retention_days: Annotated[int, Field(ge=31)] = 400

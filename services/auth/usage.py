@@ -12,7 +12,7 @@ from prometheus_client import Counter
 
 from libs.common.clock import Clock
 from libs.common.contracts import UsageRecorded
-from services.auth.core import Position, StoreUnavailableError, add_up, is_sane, lost_events, resume, utc
+from services.auth.core import Position, StoreUnavailableError, UsageBatch, add_up, is_sane, lost_events, resume, utc
 from services.auth.ports import PositionMovedError, StreamError, UsageLedger, UsageLedgers, UsageStream
 
 log = logging.getLogger(__name__)
@@ -56,11 +56,15 @@ class UsageCounter:
     async def count(self, ledger: UsageLedger) -> None:
         """Until the stream or the ledger fails, which raises `StreamError`, `StoreUnavailableError` or `PositionMovedError`."""
         stream = await self._stream.state()
-        stored = await ledger.position()
-        start = resume(stored, stream)
+        before = await ledger.position()
+        start = resume(before, stream)
         if lost := lost_events(start, stream):
             LOST.inc(lost)
             log.error("%d usage events left the stream before they were counted", lost)
+        if start != before:
+            # At once, and not with the next counts: until then a stream that begins again may have reached the old position.
+            await ledger.write(UsageBatch(), before, start)
+        stored = start
         cleaned: date | None = None
         async with self._stream.read(start.sequence) as reader:
             while True:

@@ -194,6 +194,10 @@ class BreakerNews:
         self._bus = bus
         self._sending: set[asyncio.Task[None]] = set()
 
+    def begin(self, name: str) -> None:
+        """Show a new breaker in the metrics before anything has changed."""
+        BREAKER_STATE.labels(name).set(_LEVELS["closed"])
+
     def tell(self, change: BreakerChange) -> None:
         log.warning("breaker %s: %s -> %s (%s)", change.name, change.before, change.after, change.reason)
         BREAKER_CHANGES.labels(change.name, change.after).inc()

@@ -123,7 +123,7 @@ class Judge:
     def _no_verdict(self, error: EngineError, context: RequestContext) -> PortcullisError:
         if error.reason in ("busy", "full"):
             return PortcullisError(ErrorCode.OVERLOADED, internal="every worker of the pool is busy")
-        if self._remaining(context) <= 0:
+        if self._remaining(context) <= REPLY_RESERVE_SECONDS:  # it has been used up, but for what the engine left unused
             return PortcullisError(ErrorCode.DEADLINE_EXCEEDED, internal=f"fallback: {error.reason}")
         retry_after = max(1, math.ceil(self.fallback.breaker.open_remaining)) if error.reason == "breaker_open" else 1
         return PortcullisError(ErrorCode.NO_ENGINE, internal=f"fallback: {error.reason}", retry_after=retry_after)

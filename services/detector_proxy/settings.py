@@ -18,7 +18,8 @@ Rate = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
 # Names end up in subjects, answers and metrics.
 _NAME = r"[A-Za-z0-9._:/@-]{1,128}"
-_POOL = re.compile(r"pool:([A-Za-z0-9_-]{1,64})", re.ASCII)
+_POOL_NAME = "[a-z0-9_-]{1,32}"
+_POOL = re.compile(f"pool:({_POOL_NAME})", re.ASCII)
 
 
 class DetectorProxySettings(CommonSettings):
@@ -40,7 +41,7 @@ class DetectorProxySettings(CommonSettings):
     engine_benign_labels: str = "benign,safe,legit,label_0"
     """`tei`: the labels, comma-separated and in any case, that mean "not malicious"; all others mean that it is."""
 
-    fallback_pool: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")] = DEFAULT_POOL
+    fallback_pool: Annotated[str, Field(pattern=f"^{_POOL_NAME}$")] = DEFAULT_POOL
     fallback_max_concurrency: Annotated[int, Field(ge=1, le=10_000)] = 512
 
     breaker_failures: Annotated[int, Field(ge=1, le=10)] = 5

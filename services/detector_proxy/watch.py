@@ -9,7 +9,7 @@ from libs.common.micro import FleetStatus
 from services.detector_proxy.core import GuardedEngine
 from services.detector_proxy.ports import Health
 
-POLL_SECONDS = 2.0
+POLL_SECONDS = 1.0
 POLL_SECONDS_WHEN_DOWN = 0.25
 HEALTH_TIMEOUT_SECONDS = 1.0
 
@@ -26,7 +26,7 @@ class EngineWatch:
         self.refresh()
 
     async def run(self) -> None:
-        """Ask for ever: every two seconds, and more often while something is missing, so that its return is seen at once."""
+        """Ask for ever: every second, and more often while something is missing, so that its return is seen at once."""
         while True:
             await self.poll()
             all_up = all(health == "up" for health in self._health.values())

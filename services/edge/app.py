@@ -11,6 +11,7 @@ from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
+from starlette.routing import Route
 
 from libs.common import VERSION
 from libs.common.bus import Bus
@@ -54,6 +55,7 @@ def build(stages: Stages, settings: EdgeSettings) -> Gate:
             PortcullisError: refused,
             Refused: refused,
             HTTPException: _framework_refusal,
+            405: _wrong_method,
             ClientDisconnect: _gone,
             Exception: _bug,
         },
@@ -85,6 +87,14 @@ async def front(bus: Bus, settings: EdgeSettings) -> AsyncIterator[None]:
 
 async def _framework_refusal(request: Request, error: Any) -> Response:
     return problems.respond_http(error.status_code, call_of(request.scope).request_id, error.headers)
+
+
+async def _wrong_method(request: Request, _: Any) -> Response:
+    # Starlette names the methods of the first route that has the path, and FastAPI has a route for each method.
+    path = request.scope["path"]
+    routes = [route for route in request.app.routes if isinstance(route, Route) and route.path_regex.match(path)]
+    allowed = sorted({method for route in routes for method in route.methods or ()})
+    return problems.respond_http(405, call_of(request.scope).request_id, {"allow": ", ".join(allowed)})
 
 
 async def _bug(request: Request, _: Exception) -> Response:

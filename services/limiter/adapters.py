@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import struct
 from collections import deque
 from collections.abc import Awaitable, Sequence
+from functools import partial
 from typing import Any, cast
 
 from redis.asyncio import BlockingConnectionPool, Redis
@@ -18,7 +20,10 @@ from services.limiter.core import Decision, Policy
 from services.limiter.lua import SCRIPT, Wire
 from services.limiter.ports import StoreUnavailableError
 
+log = logging.getLogger(__name__)
+
 TIMEOUT_SECONDS = 0.1
+TIMEOUT_SLICES = 4
 MAX_CONNECTIONS = 4
 MAX_BATCH = 64
 
@@ -55,12 +60,29 @@ def connect(url: str) -> Redis:
 
 
 async def _within_the_timeout(call: Awaitable[Any]) -> Any:
-    """Await `call` for 0.1 s at the most. redis-py closes a connection whose call is cancelled, so no answer is left in it."""
+    """Await `call` for 0.1 s at the most. redis-py closes a connection whose call is cancelled, so no answer is left in it.
+
+    The time is counted in slices: if this process stands still (a busy machine, a garbage collection), one slice is over however
+    long that took, and the answer that came meanwhile is still read. A plain timeout would blame Redis for it.
+    """
+    loop = asyncio.get_running_loop()
+    timer: asyncio.TimerHandle
+
+    def slice_over(left: int) -> None:
+        nonlocal timer
+        if left:
+            timer = loop.call_later(TIMEOUT_SECONDS / TIMEOUT_SLICES, slice_over, left - 1)
+        else:
+            deadline.reschedule(loop.time())
+
+    timer = loop.call_later(TIMEOUT_SECONDS / TIMEOUT_SLICES, slice_over, TIMEOUT_SLICES - 1)
     try:
-        async with asyncio.timeout(TIMEOUT_SECONDS):
+        async with asyncio.timeout(None) as deadline:
             return await call
     except (RedisError, OSError, TimeoutError) as error:
         raise StoreUnavailableError(type(error).__name__) from error
+    finally:
+        timer.cancel()
 
 
 class RedisStore:
@@ -76,7 +98,7 @@ class RedisStore:
         self._prefix = prefix
         self._script = client.register_script(script)
         self._waiting: deque[_Waiting] = deque()
-        self._batches: set[asyncio.Task[None]] = set()
+        self._batches: set[asyncio.Task[list[bytes]]] = set()
         self._flushing = False
 
     async def decide(self, key: str, limits: Sequence[int], cost: int, known: Sequence[int] | None) -> Decision:
@@ -97,29 +119,32 @@ class RedisStore:
             batch = [self._waiting.popleft() for _ in range(min(MAX_BATCH, len(self._waiting)))]
             task = asyncio.get_running_loop().create_task(self._send(batch))
             self._batches.add(task)
-            task.add_done_callback(self._sent)
+            task.add_done_callback(partial(self._sent, batch))
 
-    def _sent(self, task: asyncio.Task[None]) -> None:
-        self._batches.discard(task)
-        self._flush()
-
-    async def _send(self, batch: list[_Waiting]) -> None:
+    async def _send(self, batch: list[_Waiting]) -> list[bytes]:
         keys = [key for key, _, _ in batch]
         asks = [self._wire.windows, *(ask for _, ask, _ in batch)]
-        try:
-            answers: list[bytes] = await _within_the_timeout(self._script(keys, asks))
-            if len(answers) != len(batch):
-                raise StoreUnavailableError("not the answers of the script")
-        except StoreUnavailableError as error:
+        answers: list[bytes] = await _within_the_timeout(self._script(keys, asks))
+        if len(answers) != len(batch):
+            raise StoreUnavailableError("not the answers of the script")
+        return answers
+
+    def _sent(self, batch: list[_Waiting], task: asyncio.Task[list[bytes]]) -> None:
+        self._batches.discard(task)
+        error = asyncio.CancelledError() if task.cancelled() else task.exception()
+        if error is None:
+            for (_, _, answer), decided in zip(batch, task.result(), strict=True):
+                if not answer.done():
+                    answer.set_result(decided)
+        else:
+            if not isinstance(error, StoreUnavailableError):
+                log.error("a batch of decisions failed", exc_info=error)
             # Whoever waits behind this batch must not wait out a timeout of its own.
             for _, _, answer in (*batch, *self._waiting):
                 if not answer.done():
-                    answer.set_exception(StoreUnavailableError(*error.args))
+                    answer.set_exception(StoreUnavailableError(type(error).__name__))
             self._waiting.clear()
-            return
-        for (_, _, answer), decided in zip(batch, answers, strict=True):
-            if not answer.done():
-                answer.set_result(decided)
+        self._flush()
 
 
 class RedisHeartbeat:

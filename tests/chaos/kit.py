@@ -55,7 +55,11 @@ class Stack:
     def run(self, *arguments: str, timeout_seconds: float = 120, check: bool = True) -> subprocess.CompletedProcess[str]:
         """`./run …` as a user types it."""
         environment = {
-            **{name: value for name, value in os.environ.items() if not name.startswith("PORTCULLIS_") or name == "PORTCULLIS_MODEL_DIR"},
+            **{
+                name: value
+                for name, value in os.environ.items()
+                if not name.startswith("PORTCULLIS_") or name == "PORTCULLIS_MODEL_DIR"
+            },
             **self.environment,
             "PORTCULLIS_HOME": str(self.home),
             "PORTCULLIS_EDGE_PORT": str(self.port),
@@ -74,13 +78,13 @@ class Stack:
         self.run("down")
 
     def processes(self) -> list[psutil.Process]:
-        """Every process of this stack, the supervisor's helpers included."""
-        found = []
+        """Every process of this stack: the supervisor and all below it (some servers retitle themselves)."""
+        found: dict[int, psutil.Process] = {}
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
-                if process.environ().get("PORTCULLIS_HOME") == str(self.home) or str(self.home) in " ".join(process.cmdline()):
-                    found.append(process)
-        return found
+                if str(self.home) in " ".join(process.cmdline()):
+                    found |= {each.pid: each for each in (process, *process.children(recursive=True))}
+        return list(found.values())
 
     def pids(self, name: str) -> list[int]:
         """The main processes of a service or server, oldest first. A helper whose parent is one of them is left out."""

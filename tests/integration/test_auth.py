@@ -1,187 +1,182 @@
-"""Auth on real NATS and PostgreSQL: two replicas, an edge and a limiter played by the test."""
+"""Auth on real NATS and PostgreSQL."""
 
 from __future__ import annotations
 
 import asyncio
-import secrets
+import logging
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
-from typing import TypeVar
+from collections.abc import AsyncIterator
 
-import asyncpg  # type: ignore[import-untyped]  # it ships no types
 import msgspec
 import pytest
-from pydantic import SecretStr
 
 from infra.embedded.servers import Server
-from libs.common import contracts, keys, subjects
-from libs.common.bus import Answer, Bus, Response
-from libs.common.context import RequestContext, new_request_id, new_traceparent
+from libs.common import keys, subjects
 from libs.common.contracts import (
-    AccountRequest,
-    AnsweredAccount,
+    AdminCreateKey,
+    AdminKey,
+    AdminListKeys,
+    AdminUpdateKey,
     AuthenticatedDetect,
-    Credential,
-    DetectPayload,
-    DetectRequest,
+    BreakersReset,
+    BreakersResetRequest,
     IssuedKey,
+    KeyChanged,
+    KeyList,
     KeyRecord,
-    Message,
-    RegisterRequest,
 )
 from libs.common.errors import ErrorCode
-from libs.common.settings import CommonSettings
-from services.auth.app import parts
-from services.auth.settings import AuthSettings
-from tests.conftest import OPERATOR
-
-ADMIN_TOKEN = "an-admin-token-for-tests"
-
-
-async def connect(url: str) -> asyncpg.Connection:
-    """A connection, as soon as the server has started up."""
-    async with asyncio.timeout(20):
-        while True:
-            try:
-                return await asyncpg.connect(url, timeout=5)
-            except (OSError, asyncpg.CannotConnectNowError):
-                await asyncio.sleep(0.05)
+from libs.common.micro import STATUS, STORE_POSTGRES
+from tests.integration.auth_kit import ADMIN, Kit, code, connect, credential, new_database, result, until
 
 
 @pytest.fixture
-async def database_url(postgres_server: Server) -> AsyncIterator[str]:
-    """A database of the test's own, empty."""
-    name = f"auth_{secrets.token_hex(6)}"
-    connection = await connect(postgres_server.url)
-    await connection.execute(f"CREATE DATABASE {name}")
-    yield postgres_server.url.rpartition("/")[0] + "/" + name
-    await connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
-    await connection.close()
+async def kit(nats_server: Server, nats_passwords: dict[str, str], postgres_server: Server) -> AsyncIterator[Kit]:
+    async with new_database(postgres_server) as url:
+        yield Kit(nats_server, nats_passwords, url)
 
 
-class Fleet:
-    """Auth replicas and, in the test's hands, an edge and a limiter that answers with what reached it."""
-
-    def __init__(self, edge: Bus, replicas: list[Bus]) -> None:
-        self.edge = edge
-        self.replicas = replicas
-
-    async def ask(self, subject: str, message: Message, seconds: float = 10.0) -> Response:
-        deadline_ms = int((time.time() + seconds) * 1000)
-        return await self.edge.request(subject, message, RequestContext(deadline_ms, new_request_id(), new_traceparent()))
-
-    async def register(self, name: str = "app") -> IssuedKey:
-        return result(await self.ask(subjects.REGISTER_ADMITTED, RegisterRequest(name=name, address="127.0.0.1")), IssuedKey)
-
-    async def profile(self, api_key: str) -> KeyRecord:
-        return result(await self.ask(subjects.ACCOUNT_PROFILE, AccountRequest(credential=credential(api_key))), KeyRecord)
-
-    async def detect(self, api_key: str, cost: int = 1) -> Response:
-        payload = contracts.raw(DetectPayload(text="a text"))
-        return await self.ask(subjects.DETECT_REQUEST, DetectRequest(credential=credential(api_key), payload=payload, cost=cost))
-
-
-T = TypeVar("T", bound=msgspec.Struct)
-
-
-def credential(api_key: str) -> Credential:
-    parsed = keys.parse(api_key)
-    assert parsed is not None
-    return Credential(key_id=parsed.key_id, digest=parsed.digest)
-
-
-def result(response: Response, kind: type[T]) -> T:
-    assert response.reply.error is None, response.reply.error
-    return msgspec.json.decode(response.reply.result, type=kind)
-
-
-def code(response: Response) -> str | None:
-    return response.reply.error.code if response.reply.error is not None else None
-
-
-StartFleet = Callable[..., AbstractAsyncContextManager[Fleet]]
-
-
-@pytest.fixture
-def settings(nats_server: Server, nats_passwords: dict[str, str], database_url: str) -> AuthSettings:
-    return AuthSettings(
-        nats_url=nats_server.url,
-        nats_user="auth",
-        nats_password=SecretStr(nats_passwords["auth"]),
-        database_url=SecretStr(database_url),
-        key_pepper=SecretStr("a-pepper-for-the-tests"),
-        admin_token=SecretStr(ADMIN_TOKEN),
-        registration="open",
-    )
-
-
-@pytest.fixture
-def start_fleet(nats_server: Server, nats_passwords: dict[str, str], settings: AuthSettings) -> StartFleet:
-    def make(service: str, user: str) -> Bus:
-        password = SecretStr(nats_passwords[user])
-        return Bus(service, CommonSettings(nats_url=nats_server.url, nats_user=user, nats_password=password))
-
-    @asynccontextmanager
-    async def start(replicas: int = 1) -> AsyncIterator[Fleet]:
-        async with AsyncExitStack() as stack:
-
-            async def run(bus: Bus) -> Bus:
-                await bus.start()
-                stack.push_async_callback(bus.drain)
-                return bus
-
-            # The edge plays the limiter's part of a registration, too, so it may publish what it likes.
-            edge, limiter = make("edge", OPERATOR), make("limiter", "limiter")
-
-            async def echo(message: AuthenticatedDetect, _: RequestContext) -> Answer:
-                return Answer(message)
-
-            async def answer(message: AnsweredAccount, _: RequestContext) -> Answer:
-                return Answer(message.result)
-
-            limiter.stage(subjects.DETECT_AUTHENTICATED, AuthenticatedDetect, echo)
-            limiter.stage(subjects.ACCOUNT_ANSWERED, AnsweredAccount, answer)
-            for bus in (edge, limiter):
-                await bus.connect()
-                await run(bus)
-            auths = []
-            for _ in range(replicas):
-                auth = make("auth", "auth")
-                await auth.connect()
-                await stack.enter_async_context(parts(auth, settings))
-                auths.append(await run(auth))
-            yield Fleet(edge, auths)
-
-    return start
-
-
-async def test_a_registered_key_detects(start_fleet: StartFleet) -> None:
-    async with start_fleet() as fleet:
+async def test_a_registered_key_detects(kit: Kit) -> None:
+    async with kit.fleet() as fleet:
         issued = await fleet.register("My App")
         forwarded = result(await fleet.detect(issued.api_key), AuthenticatedDetect)
         assert forwarded.principal.key_id == issued.record.key_id
         assert (forwarded.principal.limit_minute, forwarded.principal.limit_day) == (60, 10_000)
-        record = result(
-            await fleet.ask(subjects.ACCOUNT_PROFILE, AccountRequest(credential=credential(issued.api_key))), KeyRecord
-        )
-        assert record == issued.record
+        assert await fleet.profile(issued.api_key) == issued.record
         assert code(await fleet.detect(keys.generate())) == ErrorCode.INVALID_CREDENTIALS
         assert code(await fleet.detect(keys.generate(issued.record.key_id))) == ErrorCode.INVALID_CREDENTIALS
 
 
-async def test_usage_is_counted(start_fleet: StartFleet) -> None:
-    async with start_fleet(2) as fleet:
+async def test_keys_survive_a_restart(kit: Kit) -> None:
+    async with kit.fleet() as fleet:
         issued = await fleet.register()
-        jetstream = fleet.edge.connection.jetstream()
-        now_ms = int(time.time() * 1000)
-        for _ in range(5):
-            event = contracts.UsageRecorded(key_id=issued.record.key_id, at_ms=now_ms, requests=2, malicious=1)
-            await jetstream.publish(subjects.USAGE_RECORDED, contracts.encode(event))
-        async with asyncio.timeout(10):
-            while True:
-                record = await fleet.profile(issued.api_key)
-                if record.total_requests >= 10:
-                    break
-                await asyncio.sleep(0.05)
-        assert (record.total_requests, record.malicious_detections) == (10, 5)
+    async with kit.fleet() as fleet:
+        assert code(await fleet.detect(issued.api_key)) == "ok"
+    async with kit.fleet(key_pepper="another-pepper-for-the-tests") as fleet:
+        assert code(await fleet.detect(issued.api_key)) == ErrorCode.INVALID_CREDENTIALS
+
+
+async def test_a_revoked_key_is_refused_by_every_replica(kit: Kit) -> None:
+    async with kit.fleet(replicas=3) as fleet:
+        issued = await fleet.register()
+
+        async def warm() -> bool:
+            """Every replica has the key in its cache."""
+            await fleet.detect(issued.api_key)
+            stages = [stage for bus in fleet.replicas for stage in bus._stages if stage.subject == subjects.DETECT_REQUEST]
+            return all(stage.counters.requests >= 2 for stage in stages)
+
+        await until(warm, "a detection in every replica")
+        assert code(await fleet.account(subjects.ACCOUNT_REVOKE, issued.api_key)) == "ok"
+        revoked_at = time.monotonic()
+        admitted_at = revoked_at
+        # The contract promises 250 ms; a replica that missed the news would go on for ten seconds.
+        while time.monotonic() - revoked_at < 1:
+            codes = [code(answer) for answer in await asyncio.gather(*(fleet.detect(issued.api_key) for _ in range(10)))]
+            if "ok" in codes:
+                admitted_at = time.monotonic()
+            assert set(codes) <= {"ok", ErrorCode.INVALID_CREDENTIALS}
+        assert admitted_at - revoked_at <= 0.25
+
+
+async def test_rotation(kit: Kit) -> None:
+    async with kit.fleet(replicas=2) as fleet:
+        issued = await fleet.register()
+        rotated = result(await fleet.account(subjects.ACCOUNT_ROTATE, issued.api_key), IssuedKey)
+        assert rotated.previous_valid_until is not None
+        for _ in range(8):
+            assert code(await fleet.detect(rotated.api_key)) == "ok"
+            assert code(await fleet.detect(issued.api_key)) == "ok"
+        assert code(await fleet.account(subjects.ACCOUNT_REVOKE, rotated.api_key)) == "ok"
+
+        async def refused() -> bool:
+            return {code(await fleet.detect(key)) for key in (issued.api_key, rotated.api_key) for _ in range(4)} == {
+                ErrorCode.INVALID_CREDENTIALS
+            }
+
+        await until(refused, "both secrets to be refused")
+
+
+async def test_administration(kit: Kit) -> None:
+    async with kit.fleet() as fleet:
+        message = AdminCreateKey(admin=ADMIN, name="made", scopes=("admin", "detect"), rate_limit_per_minute=5000)
+        made = result(await fleet.ask(subjects.ADMIN_KEYS_CREATE, message), IssuedKey)
+        admin = msgspec.structs.replace(ADMIN, admin_digest=None, credential=credential(made.api_key))
+        other = (await fleet.register()).record
+        listed = result(await fleet.ask(subjects.ADMIN_KEYS_LIST, AdminListKeys(admin=admin)), KeyList)
+        assert [key.key_id for key in listed.keys] == [made.record.key_id, other.key_id]
+        update = AdminUpdateKey(admin=admin, key_id=other.key_id, rate_limit_per_day=7)
+        assert result(await fleet.ask(subjects.ADMIN_KEYS_UPDATE, update), KeyRecord).rate_limit_per_day == 7
+        got = result(await fleet.ask(subjects.ADMIN_KEYS_GET, AdminKey(admin=admin, key_id=other.key_id)), KeyRecord)
+        assert got.rate_limit_per_day == 7
+        deleted = await fleet.ask(subjects.ADMIN_KEYS_DELETE, AdminKey(admin=admin, key_id=other.key_id))
+        assert result(deleted, KeyRecord).revoked_at is not None
+        nobody = AdminListKeys(admin=msgspec.structs.replace(ADMIN, admin_digest=keys.digest("a guess")))
+        assert code(await fleet.ask(subjects.ADMIN_KEYS_LIST, nobody)) == ErrorCode.FORBIDDEN
+
+
+async def test_a_breaker_reset_reaches_the_proxies(kit: Kit) -> None:
+    async with kit.fleet() as fleet:
+        proxy = kit.bus("detector_proxy")
+        reached: asyncio.Future[BreakersReset] = asyncio.get_running_loop().create_future()
+
+        async def reset(event: BreakersReset) -> None:
+            reached.set_result(event)
+
+        proxy.on_event(subjects.BREAKERS_RESET, BreakersReset, reset)
+        await proxy.connect()
+        await proxy.start()
+        message = BreakersResetRequest(admin=ADMIN, name="detect")
+        asked = asyncio.create_task(fleet.ask(subjects.BREAKERS_RESET_REQUEST, message, seconds=0.5))
+        assert (await asyncio.wait_for(reached, 5)).name == "detect"
+        await asyncio.gather(asked, return_exceptions=True)
+        await proxy.drain()
+
+
+async def test_news_missed_while_disconnected_are_made_up_for(kit: Kit) -> None:
+    async with kit.fleet() as fleet:
+        issued = await fleet.register()
+        assert code(await fleet.detect(issued.api_key)) == "ok"
+        (auth,) = fleet.replicas
+        # Another replica revokes, and its word is lost on ours: only the row says so.
+        connection = await connect(kit.database_url)
+        await connection.execute("UPDATE api_keys SET revoked_at = now()")
+        await connection.close()
+        assert code(await fleet.detect(issued.api_key)) == "ok"
+        for hook in auth.on_reconnect:
+            await hook()
+        assert code(await fleet.detect(issued.api_key)) == ErrorCode.INVALID_CREDENTIALS
+
+
+async def test_what_was_announced_is_announced_again_after_a_reconnect(kit: Kit) -> None:
+    async with kit.fleet() as fleet:
+        issued = await fleet.register()
+        assert code(await fleet.account(subjects.ACCOUNT_REVOKE, issued.api_key)) == "ok"
+        heard: asyncio.Queue[KeyChanged] = asyncio.Queue()
+        listener = kit.bus("auth")
+        listener.on_event(subjects.EVENT_KEY_CHANGED, KeyChanged, heard.put)
+        await listener.connect()
+        await listener.start()
+        for hook in fleet.replicas[0].on_reconnect:
+            await hook()
+        assert (await asyncio.wait_for(heard.get(), 5)).key_id == issued.record.key_id
+        await listener.drain()
+
+
+async def test_health_is_told(kit: Kit) -> None:
+    async with kit.fleet() as fleet:
+        metadata = fleet.replicas[0].status.metadata
+        assert (metadata[STATUS], metadata[STORE_POSTGRES]) == ("ok", "up")
+
+
+async def test_no_secret_in_any_log(kit: Kit, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    async with kit.fleet() as fleet:
+        issued = await fleet.register()
+        rotated = result(await fleet.account(subjects.ACCOUNT_ROTATE, issued.api_key), IssuedKey)
+        await fleet.detect(keys.generate(issued.record.key_id))
+        await fleet.account(subjects.ACCOUNT_REVOKE, rotated.api_key)
+    assert caplog.text
+    password = kit.database_url.split(":")[2].split("@")[0]
+    for secret in (issued.api_key[21:], rotated.api_key[21:], credential(rotated.api_key).digest, password):
+        assert secret not in caplog.text

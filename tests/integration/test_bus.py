@@ -94,7 +94,13 @@ async def test_nobody_at_a_later_stage_is_answered_at_once(make_bus: MakeBus) ->
 
 @pytest.mark.parametrize(
     ("body", "code"),
-    [(b"\xff\x00garbage", ErrorCode.BAD_REQUEST), (b'{"value":"x"}', ErrorCode.BAD_REQUEST), (b"[]", ErrorCode.BAD_REQUEST)],
+    [
+        (b"\xff\x00garbage", ErrorCode.BAD_REQUEST),
+        (b'{"value":"x"}', ErrorCode.BAD_REQUEST),
+        (b"[]", ErrorCode.BAD_REQUEST),
+        (b'{"x":' + b"[" * 100_000, ErrorCode.BAD_REQUEST),
+    ],
+    ids=["garbage", "wrong type", "no object", "nested"],
 )
 async def test_a_body_that_cannot_be_read_is_answered(make_bus: MakeBus, body: bytes, code: ErrorCode) -> None:
     edge, auth = make_bus("edge"), make_bus("auth")

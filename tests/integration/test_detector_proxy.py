@@ -16,6 +16,7 @@ import nats
 import nats.js.errors
 import pytest
 from nats.aio.client import Client
+from nats.aio.msg import Msg
 from pydantic import SecretStr
 
 from infra.embedded.servers import Server
@@ -220,6 +221,20 @@ async def test_a_busy_worker_is_left_for_another(fleet: Fleet) -> None:
     assert len(judged) >= 30
     assert all(code_of(reply) == ErrorCode.OVERLOADED for reply in replies if reply.error is not None)
     assert asked > 3
+
+
+@pytest.mark.parametrize(
+    "answer", [b"garbage", b'{"error":{"code":"\xff"}}', b'{"x":' + b"[" * 100_000, b'{"result":{"confidence":2}}']
+)
+async def test_a_worker_that_answers_nonsense_is_no_engine(fleet: Fleet, answer: bytes) -> None:
+    async with fleet.operator() as client, fleet.proxy(), fleet.bus("limiter") as limiter:
+
+        async def respond(message: Msg) -> None:
+            await client.publish(message.reply, answer)
+
+        await client.subscribe(subjects.model_pool(subjects.DEFAULT_POOL), cb=respond)
+        await client.flush()
+        assert code_of(await ask(limiter)) == ErrorCode.NO_ENGINE
 
 
 async def test_a_hanging_worker_is_left_for_another(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -481,6 +496,11 @@ async def usage_stream(client: Client) -> AsyncIterator[Callable[[], Awaitable[l
         await drop_stream(client)
 
 
+async def send(client: Client, reply_to: str) -> None:
+    """What the limiter forwards, with an origin of one's own."""
+    await client.publish(subjects.DETECT_ADMITTED, msgspec.json.encode(admitted()), reply=reply_to, headers=context().headers())
+
+
 async def drop_stream(client: Client) -> None:
     with contextlib.suppress(nats.js.errors.NotFoundError):
         await client.jetstream().delete_stream(subjects.USAGE_STREAM)
@@ -488,15 +508,15 @@ async def drop_stream(client: Client) -> None:
 
 async def test_every_admitted_call_is_stored_once_whatever_became_of_it(fleet: Fleet) -> None:
     async with fleet.operator() as client, usage_stream(client) as stored:
-        async with fleet.proxy() as proxy, fleet.bus("limiter") as limiter:
+        async with fleet.proxy(), fleet.bus("limiter") as limiter:
             await ask(limiter)  # no worker: failed
             async with fleet.worker():
                 await ask(limiter)
                 await ask(limiter, admitted(DetectPayload(text="t", threshold=0.9)))
-                again = context()
+                replies = await client.subscribe("_INBOX.edge.x.1")
                 for _ in range(3):  # as the edge does when it cannot know whether the first has arrived
-                    await limiter.request(subjects.DETECT_ADMITTED, admitted(), again)
-            del proxy
+                    await send(client, "_INBOX.edge.x.1")
+                    await replies.next_msg(5)
         events = await stored()
     assert [(event.key_id, event.requests, event.malicious, event.failed) for event in events] == [
         ("key1", 1, 0, 1),
@@ -511,10 +531,9 @@ async def test_the_event_leaves_before_the_reply(fleet: Fleet) -> None:
     async with fleet.operator() as client, fleet.worker(), fleet.proxy():
         seen = await client.subscribe(">")
         await client.flush()
-        reply_to = "_INBOX.edge.x.1"
-        for _ in range(20):
-            headers = context().headers()
-            await client.publish(subjects.DETECT_ADMITTED, msgspec.json.encode(admitted()), reply=reply_to, headers=headers)
+        for number in range(20):
+            reply_to = f"_INBOX.edge.x.{number}"
+            await send(client, reply_to)
             subjects_seen: list[str] = []
             while reply_to not in subjects_seen:
                 subjects_seen.append((await seen.next_msg(5)).subject)

@@ -364,13 +364,13 @@ async def endless_interim(writer: asyncio.StreamWriter) -> None:
         (abort, "unreachable"),
         (die_in_the_head, "unreachable"),
         (die_in_the_body, "cut_off"),
-        (endless_headers, "unreachable"),
+        (endless_headers, "bad_http"),
         (announce_100_mb, "too_large"),
         (stream_100_mb, "too_large"),
         (http(b" " * (MAX_BODY_BYTES + 1)), "too_large"),
-        (b"not HTTP at all\r\n\r\n", "unreachable"),
-        (b"HTTP/1.1 999999 Odd\r\n\r\n", "unreachable"),
-        (http(GOOD["detect"], extra="X: " + "x" * 100_000 + "\r\n"), "unreachable"),
+        (b"not HTTP at all\r\n\r\n", "bad_http"),
+        (b"HTTP/1.1 999999 Odd\r\n\r\n", "bad_http"),
+        (http(GOOD["detect"], extra="X: " + "x" * 100_000 + "\r\n"), "bad_http"),
         (http(b"", "302 Found", extra="Location: /v1/detect\r\n"), "redirect"),
         (http(b"", "307 Temporary Redirect", extra="Location: http://127.0.0.1:1/\r\n"), "redirect"),
         (http(b"", "304 Not Modified"), "redirect"),
@@ -397,6 +397,56 @@ async def test_bad_answers_are_failures_of_the_engine(kind: str, answer: bytes |
     slow = reason == "timeout"
     error = await refusal(kind, answer, timeout_seconds=0.3 if slow else 10.0)
     assert (error.reason, error.counts) == (reason, True)
+
+
+PIECES = (
+    b"\r\n", b"\n", b"\x00", b"\xff", b" ", b":", b"{", b"[", b'"', b"9" * 5000, b"ffffffffffffffffff\r\n",
+    b"Transfer-Encoding: chunked\r\n", b"Content-Length: 5\r\n", b"Content-Length: -1\r\n", b"Content-Encoding: br\r\n",
+    b"HTTP/1.1 100 Continue\r\n\r\n", b"HTTP/2 200\r\n", b"Connection: upgrade\r\nUpgrade: websocket\r\n",
+    b"5\r\nabcde\r\n0\r\n\r\n", b"Trailer: x\r\n", b"Keep-Alive: timeout=-5\r\n", b"Set-Cookie: \xff=\xfe; expires=x\r\n",
+    b"Content-Type: \xff\r\n", b"Content-Type: text/html; charset=foo\r\n", b"Link: <a>; rel=b\r\n",
+)  # fmt: skip
+
+
+def mutated(answer: bytes, rng: random.Random) -> bytes:
+    data = bytearray(answer)
+    for _ in range(rng.randint(1, 4)):
+        place = rng.randrange(len(data) + 1)
+        match rng.randrange(3):
+            case 0:
+                data[place:place] = rng.choice(PIECES)
+            case 1:
+                del data[place : place + rng.randint(1, 30)]
+            case _:
+                data[place : place + 1] = bytes([rng.randrange(256)])
+    return bytes(data)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_whatever_bytes_come_it_is_a_judgement_or_a_failure(kind: str) -> None:
+    rng = random.Random(19)
+    body = json.dumps(GOOD[kind]).encode()
+    chunked = http(b"", extra="Transfer-Encoding: chunked\r\n").replace(b"Content-Length: 0\r\n", b"")
+    chunked += b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body)
+    seen: set[str] = set()
+    async with serving() as server, engine_of(kind, server.url) as engine:
+        for _ in range(200):
+            data = mutated(rng.choice([http(body), chunked]), rng)
+
+            async def answer(writer: asyncio.StreamWriter, data: bytes = data) -> None:
+                writer.write(data)
+                await hang_up(writer)
+
+            server.answer = answer
+            try:
+                async with asyncio.timeout(10):
+                    result = await engine.detect(TEXT, CONTEXT, 10)
+            except EngineError as error:
+                seen.add(error.reason)
+            else:
+                assert 0 <= result.confidence <= 1
+                seen.add("judgement")
+    assert seen >= {"judgement", "malformed", "cut_off"}  # the mutations reach every layer
 
 
 @pytest.mark.parametrize(

@@ -190,6 +190,23 @@ async def test_the_largest_text_passes_the_whole_way(fleet: Fleet) -> None:
     assert seen[0] > 600_000
 
 
+async def test_a_callers_address_is_believed_from_trusted_proxies_only(fleet: Fleet) -> None:
+    addresses: list[str] = []
+
+    async def note(message: contracts.RegisterRequest, _: RequestContext) -> Answer:
+        addresses.append(message.address)
+        raise PortcullisError(ErrorCode.FORBIDDEN)
+
+    limiter = fleet.bus("limiter")
+    limiter.stage(subjects.REGISTER_REQUEST, contracts.RegisterRequest, note)
+    async with fleet.started(limiter):
+        for trusted in ("", "10.0.0.1", "127.0.0.1"):
+            async with fleet.edge(trusted_proxies=trusted) as edge:
+                headers = {"X-Forwarded-For": "203.0.113.9"}
+                await edge.client.post("/auth/register", json={"name": "a"}, headers=headers)
+    assert addresses == ["127.0.0.1", "127.0.0.1", "203.0.113.9"]
+
+
 async def test_breakers_of_two_replicas_are_listed_and_reset(fleet: Fleet) -> None:
     async def admit(_: contracts.AccountRequest, __: RequestContext) -> Answer:
         record = contracts.KeyRecord(
@@ -586,9 +603,15 @@ async def test_a_stop_answers_what_is_in_hand_and_closes_what_is_idle(fleet: Fle
         await stopping
 
 
-def test_a_busy_port_is_one_line_and_not_a_traceback(nats_server: Server) -> None:
+def test_a_busy_port_is_one_line_and_not_a_traceback(nats_server: Server, nats_passwords: dict[str, str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        environment = {**os.environ, "PORTCULLIS_NATS_URL": nats_server.url, "PORTCULLIS_EDGE_PORT": str(taken.getsockname()[1])}
+        environment = {
+            **os.environ,
+            "PORTCULLIS_NATS_URL": nats_server.url,
+            "PORTCULLIS_NATS_USER": "edge",
+            "PORTCULLIS_NATS_PASSWORD": nats_passwords["edge"],
+            "PORTCULLIS_EDGE_PORT": str(taken.getsockname()[1]),
+        }
         completed = subprocess.run(
             [sys.executable, "-m", "services.edge"], env=environment, capture_output=True, text=True, timeout=60
         )

@@ -7,6 +7,7 @@ import itertools
 import os
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
@@ -33,6 +34,7 @@ from tests.unit.limiter.rule import (
     RuleBehaviour,
     Step,
     Timed,
+    edges,
     histories,
     mixed_overload,
     overload,
@@ -83,7 +85,7 @@ class TestLuaRule(RuleBehaviour):
         return LuaRule(self.client, policy)
 
 
-@given(histories())
+@given(histories() | edges())
 @settings(max_examples=60, deadline=None)
 def test_lua_decides_as_the_rule_in_python_does(client: redis.Redis, steps: list[Step]) -> None:
     lua, core = Timed(LuaRule(client, PER_KEY)), Timed(CoreRule(PER_KEY))
@@ -97,7 +99,7 @@ def test_lua_decides_as_the_rule_in_python_does(client: redis.Redis, steps: list
         assert lua.decide(limits, asked, known) == core.decide(limits, asked, known)
 
 
-@given(histories(), steps_back)
+@given(histories() | edges(), steps_back)
 @settings(max_examples=30, deadline=None)
 def test_lua_agrees_with_an_exact_log(client: redis.Redis, steps: list[Step], back: list[tuple[int, float]]) -> None:
     replay(Timed(LuaRule(client, PER_KEY)), PER_KEY, (MINUTE, DAY), steps)
@@ -264,6 +266,43 @@ async def test_a_hung_redis_costs_one_timeout_and_its_late_answers_reach_nobody(
         assert [decision.used[0] for decision, _ in fresh] == list(range(1, 41))
 
 
+async def test_calls_that_wait_behind_a_hung_batch_do_not_hang_in_turn(redis_server: Server) -> None:
+    client = adapters.connect(redis_server.url)
+    store = adapters.RedisStore(client, PER_KEY, "rl:")
+    batches = 0
+
+    async def hang(*_: object) -> None:
+        nonlocal batches
+        batches += 1
+        await asyncio.Event().wait()
+
+    store._script = hang  # type: ignore[assignment]  # a script that never comes back
+    calls = [store.decide("k", (1, 1), 1, None) for _ in range(20 * adapters.MAX_BATCH)]
+    outcomes = await asyncio.gather(*calls, return_exceptions=True)
+    assert all(isinstance(outcome, StoreUnavailableError) for outcome in outcomes)
+    assert batches == adapters.MAX_CONNECTIONS
+    await client.aclose()
+
+
+async def test_a_process_that_stands_still_does_not_blame_redis() -> None:
+    loop = asyncio.get_running_loop()
+    arrived: asyncio.Future[str] = loop.create_future()
+    arrival = threading.Timer(0.05, loop.call_soon_threadsafe, (arrived.set_result, "in time"))
+
+    async def call() -> str:
+        answer = await arrived
+        for _ in range(10):
+            await asyncio.sleep(0)  # an answer takes some turns of the loop to be read
+        return answer
+
+    async def stand_still() -> None:
+        time.sleep(3 * adapters.TIMEOUT_SECONDS)  # noqa: ASYNC251  # which is the point
+
+    arrival.start()
+    outcome, _ = await asyncio.gather(adapters._within_the_timeout(call()), stand_still())
+    assert outcome == "in time"
+
+
 async def test_nobody_asks_a_redis_that_is_known_to_be_away(own_redis: OwnRedis) -> None:
     client = adapters.connect(own_redis.server.url)
     asked = 0
@@ -320,6 +359,11 @@ async def test_a_replica_that_leaves_counts_no_more(redis_server: Server, client
             assert other.replicas == 2
         await health.check()
         assert health.replicas == 1
+        # One that was killed says nothing; it counts until its last beat is 5 s old.
+        seconds, _ = client.time()
+        client.zadd(adapters.REPLICAS_KEY, {"killed just now": seconds - 3, "killed before": seconds - 6})
+        await health.check()
+        assert health.replicas == 2
 
 
 async def test_redis_away_at_the_start_is_no_reason_to_fail(tmp_path: Path) -> None:
@@ -332,6 +376,19 @@ async def test_redis_away_at_the_start_is_no_reason_to_fail(tmp_path: Path) -> N
         await until(health, True)
         assert await one.decide("k", (2, 10), 1) == (Decision(True, (2, 2), (decision.reset_ms[0] or 60_151, 0), 0), False)
     own.end()
+
+
+async def test_a_bug_in_the_client_library_is_answered_like_an_outage(redis_server: Server) -> None:
+    client = adapters.connect(redis_server.url)
+    store = adapters.RedisStore(client, PER_KEY, "rl:")
+
+    async def fail(*_: object) -> None:
+        raise AttributeError
+
+    store._script = fail  # type: ignore[assignment]  # as redis-py has done when a connection went away under it
+    with pytest.raises(StoreUnavailableError):
+        await asyncio.wait_for(store.decide("k", (1, 1), 1, None), 5)
+    await client.aclose()
 
 
 async def test_a_redis_that_answers_nonsense_counts_as_away(redis_server: Server) -> None:

@@ -1,4 +1,4 @@
-"""Which class speaks which kind of engine behind HTTP. Imported only when there is one: aiohttp is slow to import."""
+"""Which class speaks which kind of engine behind HTTP."""
 
 from __future__ import annotations
 

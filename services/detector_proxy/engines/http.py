@@ -51,7 +51,7 @@ class HttpClient:
         )
 
     async def post(self, path: str, body: bytes, context: RequestContext) -> HttpReply:
-        """Raises `EngineError`: unreachable, redirect, content_type, content_encoding, too_large, cut_off, status_…"""
+        """Raises `EngineError`: unreachable, bad_http, redirect, content_type, content_encoding, too_large, cut_off, status_…"""
         headers = {
             "Content-Type": "application/json",
             "X-Request-ID": context.request_id,
@@ -63,6 +63,8 @@ class HttpClient:
                 return HttpReply(response.status, await _read(response))
         except aiohttp.ClientPayloadError:
             raise EngineError("cut_off") from None
+        except aiohttp.ClientResponseError:
+            raise EngineError("bad_http") from None
         except (aiohttp.ClientError, OSError):
             raise EngineError("unreachable") from None
 
@@ -70,9 +72,7 @@ class HttpClient:
         """The status of a GET whose body nobody reads; None when there is no answer."""
         try:
             async with self._session.get(self._base_url + path, allow_redirects=False) as response:
-                status = response.status
-                response.close()  # an endless body must not be drained on the way out
-                return status
+                return response.status
         except (aiohttp.ClientError, OSError):
             return None
 
@@ -91,8 +91,6 @@ def _check_head(response: aiohttp.ClientResponse) -> None:
 
 
 async def _read(response: aiohttp.ClientResponse) -> bytes:
-    if (response.content_length or 0) > MAX_BODY_BYTES:
-        raise EngineError("too_large")
     body = bytearray()
     async for chunk in response.content.iter_any():
         body += chunk

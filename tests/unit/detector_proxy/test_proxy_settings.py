@@ -62,6 +62,7 @@ def test_every_kind_can_be_configured(monkeypatch: pytest.MonkeyPatch, kind: str
         {"ENGINE_TOKEN": "two\nlines s3cret"},
         {"ENGINE_BENIGN_LABELS": " , "},
         {"FALLBACK_POOL": "a.>"},
+        {"FALLBACK_POOL": "Upper"},
         {"BREAKER_FAILURES": "11"},
         {"BREAKER_RATE": "0"},
         {"BREAKER_OPEN_SECONDS": "5"},

@@ -170,6 +170,8 @@ async def test_paths_and_methods_that_are_not_there(client: httpx.AsyncClient) -
     response = await client.get("/v1/detect")
     assert_problem(response, 405, "method_not_allowed")
     assert response.headers["allow"] == "POST"
+    response = await client.put(f"/admin/keys/{RECORD.key_id}")
+    assert response.headers["allow"] == "DELETE, GET, PATCH"
 
 
 async def test_one_answer_for_every_kind_of_wrong_key(client: httpx.AsyncClient, stages: FakeStages) -> None:

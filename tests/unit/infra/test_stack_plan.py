@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import socket
 from pathlib import Path
 from typing import Any
@@ -125,7 +126,7 @@ def test_supervisor_reads_the_configuration_as_it_is_meant(home: Home) -> None:
     assert groups["edge"].socket_config.url == f"tcp://127.0.0.1:{planned.edge_port}"
     assert groups["edge"].socket_config.get_backlog() == stack.EDGE_BACKLOG
     for process in (process for group in groups.values() for process in group.process_configs):
-        assert str(home.starts / process.name) in process.command
+        assert str(home.starts / process.name) in shlex.split(process.command)
         assert process.stdout_logfile == str(home.logs / f"{process.name}.log")
         # Started again for ever: with startsecs 0 supervisor never counts a start as failed.
         assert (process.autorestart is not False, process.startsecs) == (True, 0)

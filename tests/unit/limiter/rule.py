@@ -97,12 +97,17 @@ def overload(rule: Rule, limit: int, seconds: float, pace: str, windows: int = 4
     """What share of its limit a rule of one window admits, over some windows in which always a call is waiting."""
     timed = Timed(rule)
     rng = random.Random(limit)
-    cost = max(1, limit // 200)
-    # Twice as many units as the limit, and at the least 200 calls a window.
-    interval = seconds / max(200, 2 * limit // cost)
+    if pace == "barely":
+        # The hardest: with one call in twenty too many, admissions stay spread over the window, and every slot is waited for.
+        cost = max(1, limit // 2000)
+        interval = seconds * cost / (1.05 * limit)
+    else:
+        # Twice as many units as the limit, and at the least 200 calls a window.
+        cost = max(1, limit // 200)
+        interval = seconds / max(200, 2 * limit // cost)
     admitted, elapsed = 0, 0.0
     while True:
-        pause = {"flood": interval / 2, "twice": interval, "jitter": interval * rng.uniform(0, 2)}[pace]
+        pause = interval * {"flood": 0.5, "jitter": rng.uniform(0, 2)}.get(pace, 1)
         if elapsed + pause >= windows * seconds:
             return admitted / (limit * windows)
         elapsed += pause
@@ -143,6 +148,24 @@ def histories(draw: st.DrawFn) -> list[Step]:
             pace * rng.choice((0.0, 0.5, 1.0, 1.0, 1.0, 2.0)) if rng.random() < 0.97 else rng.choice((59.9, 60.0, 61.0, 86_400.0))
         )
         steps.append((pause, rng.randint(1, largest), limits))
+    return steps
+
+
+@st.composite
+def edges(draw: st.DrawFn) -> list[Step]:
+    """Bursts about as long as a slot, each retried about one window later: where slots are freed, and a mistake would show."""
+    scale = draw(st.sampled_from((1, 1440)))  # in the minute, or in the day
+    limit = draw(st.integers(1, 40))
+    rng = draw(st.randoms(use_true_random=False))
+    limits = (limit, 10**9) if scale == 1 else (10**9, limit)
+    steps: list[Step] = []
+    for _ in range(3):
+        length = 0.0
+        for call in range(30):
+            pause = rng.uniform(0, 0.15) * scale if call else 0.0
+            length += pause
+            steps.append((pause, rng.randint(1, 3), limits))
+        steps.append((max(0.0, rng.uniform(59, 60.5) * scale - length), 1, limits))
     return steps
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import itertools
 import random
 from collections import Counter
 
@@ -18,6 +19,7 @@ from tests.unit.limiter.rule import (
     RuleBehaviour,
     Step,
     Timed,
+    edges,
     histories,
     mixed_overload,
     overload,
@@ -32,23 +34,30 @@ class TestCoreRule(RuleBehaviour):
         return CoreRule(policy)
 
 
-@given(histories())
+@given(histories() | edges())
 @settings(max_examples=150, deadline=None)
 def test_every_decision_agrees_with_an_exact_log(steps: list[Step]) -> None:
     replay(Timed(CoreRule(PER_KEY)), PER_KEY, (MINUTE, DAY), steps)
 
 
-@given(histories(), steps_back)
+@given(histories() | edges(), steps_back)
 @settings(max_examples=100, deadline=None)
 def test_a_clock_that_steps_back_never_admits_more(steps: list[Step], back: list[tuple[int, float]]) -> None:
     replay_stepping_back(CoreRule(PER_KEY), steps, back)
 
 
-@pytest.mark.parametrize("limit", [1, 2, 60, 63, 64, 65, 1000, 1_000_000])
 @pytest.mark.parametrize("seconds", [MINUTE, DAY])
-@pytest.mark.parametrize("pace", ["flood", "twice", "jitter"])
-def test_at_least_98_percent_under_steady_overload(limit: int, seconds: float, pace: str) -> None:
-    assert 0.98 <= overload(CoreRule(Policy.of(seconds)), limit, seconds, pace) <= 1.25
+@pytest.mark.parametrize(
+    ("limit", "pace"),
+    [
+        *itertools.product([1, 2, 60, 63, 64, 65, 1000, 1_000_000], ["flood", "twice", "jitter"]),
+        *itertools.product([1000, 10_000, 1_000_000], ["barely"]),
+    ],
+)
+def test_at_least_98_percent_under_steady_overload(limit: int, pace: str, seconds: float) -> None:
+    # What the slots cost shows only after some windows when demand is barely too much: the first of them is filled as it comes.
+    windows = 20 if pace == "barely" else 4
+    assert 0.98 <= overload(CoreRule(Policy.of(seconds)), limit, seconds, pace, windows) <= (windows + 1) / windows
 
 
 @pytest.mark.parametrize(("limit", "largest"), [(100_000, 1000), (1000, 100), (1_000_000, 10_000)])
