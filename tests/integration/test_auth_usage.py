@@ -63,7 +63,7 @@ class Ledger:
         self._keys = keys
 
     async def publish(self, count: int, pause_seconds: float = 0.0) -> None:
-        """Publish `count` events, or enough, as the proxy does: until it is acknowledged, under an id that makes the repetition harmless."""
+        """Publish `count` events, or enough, as the proxy does: each until it is acknowledged, under an id of its own."""
         for n in range(count):
             event = UsageRecorded(key_id=self.key_id, at_ms=int(time.time() * 1000), requests=1, malicious=n % 2)
             headers = {"Nats-Msg-Id": secrets.token_hex(8)}
