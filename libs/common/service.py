@@ -7,7 +7,7 @@ import contextlib
 import logging
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from typing import TypeVar
 
@@ -29,6 +29,10 @@ Parts = Callable[[Bus, S], AbstractAsyncContextManager[None]]
 Front = Callable[[Bus, S], AbstractAsyncContextManager[None]]
 """What a service shows to the outside besides its stages. It opens before the bus is connected, and closes while the bus still
 works: what is in hand can be finished, and nothing new comes in."""
+
+CONNECT_GRACE_SECONDS = 1.0
+"""How long a front waits for the bus before it opens: callers that queued while it was away need not be refused then. After
+that it opens all the same, and says that nothing is there, instead of keeping them."""
 
 EXIT_CONNECTION_LOST = 3
 """The NATS connection was closed for good; whoever supervises us starts a new process."""
@@ -76,8 +80,11 @@ async def _serve(service: str, settings: S, parts: Parts[S], front: Front[S]) ->
     telemetry.setup_logging(service, bus.instance, settings)
     telemetry.serve_metrics(settings)
     async with AsyncExitStack() as outside:
+        connecting: asyncio.Task[None] = asyncio.create_task(connect(bus, settings))
+        outside.push_async_callback(_abandon, connecting)
+        await asyncio.wait({connecting}, timeout=CONNECT_GRACE_SECONDS)
         await outside.enter_async_context(front(bus, settings))
-        if not await _unless(stop, connect(bus, settings)):
+        if not await _unless(stop, connecting):
             return 0
         async with AsyncExitStack() as inside:
             if not await _entered(stop, inside, parts(bus, settings)):
@@ -127,9 +134,16 @@ async def _entered(stop: asyncio.Event, stack: AsyncExitStack, parts: AbstractAs
     return True
 
 
-async def _unless(stop: asyncio.Event, work: Coroutine[object, object, None]) -> bool:
-    """Run `work`; False when the signal to stop came first."""
-    task = asyncio.ensure_future(work)
+async def _abandon(task: asyncio.Task[None]) -> None:
+    """End a task whose outcome no longer matters."""
+    task.cancel()
+    await asyncio.wait({task})
+    if not task.cancelled():
+        task.exception()  # looked at, so that asyncio does not report it as forgotten
+
+
+async def _unless(stop: asyncio.Event, task: asyncio.Task[None]) -> bool:
+    """Wait for `task`; False when the signal to stop came first."""
     stopped = asyncio.ensure_future(stop.wait())
     await asyncio.wait({task, stopped}, return_when=asyncio.FIRST_COMPLETED)
     stopped.cancel()

@@ -28,7 +28,8 @@ MOST_GROWTH: Final = 4
 MOST_SPELT: Final = 10
 """Characters that one character may become when spelt."""
 _NO_LETTERS: Final = bytes(code for code in range(128) if not chr(code).isalpha())
-_ASCII_LETTERS: Final = string.ascii_letters
+_LATIN_LETTERS: Final = frozenset(string.ascii_letters)
+_SEVERAL: Final = 3
 
 
 def warm() -> None:
@@ -138,7 +139,8 @@ def fold_lookalikes(text: str) -> str:
     """Replaces letters that only look Latin by the Latin ones; the length stays the same.
 
     A word that mixes such letters with ASCII ones is always folded. A word made of nothing but look-alikes may be an honest
-    word of another script, so it is folded only where the text around it is mostly ASCII letters.
+    word of another script, so it is folded only where the text around it is mostly ASCII letters or mixes scripts within
+    several words, which no honest text does.
     """
     if text.isascii():
         return text
@@ -148,7 +150,9 @@ def fold_lookalikes(text: str) -> str:
     table = str.maketrans(twins)
     known: dict[str, str] = {}
     ascii_letters = len(text.encode("ascii", "ignore").translate(None, _NO_LETTERS))
-    mostly_ascii = ascii_letters * 2 > len(text)
+    words = set(_LETTERS.findall(text))
+    mixed_words = sum(not word.isascii() and not _LATIN_LETTERS.isdisjoint(word) for word in words)
+    suspicious = ascii_letters * 2 > len(text) or mixed_words >= _SEVERAL
 
     def fold(match: re.Match[str]) -> str:
         word = match[0]
@@ -156,8 +160,8 @@ def fold_lookalikes(text: str) -> str:
             return word
         if (reading := known.get(word)) is None:
             reading = folded = word.translate(table)
-            mixed = not set(word).isdisjoint(_ASCII_LETTERS)
-            if not mixed and not (mostly_ascii and folded.isascii()):
+            mixed = not _LATIN_LETTERS.isdisjoint(word)
+            if not mixed and not (suspicious and folded.isascii()):
                 reading = word
             known[word] = reading
         return reading

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Final
 
 import numpy as np
+from numpy.typing import NDArray
 from tokenizers import Encoding
 
 from services.fallback_model import characters
@@ -30,6 +31,7 @@ from services.fallback_model.windows import characters as window_characters
 MOST_SPANS: Final = 5
 MOST_URGENT_WINDOWS: Final = 16
 _MOST_SENTENCES: Final = 24
+DISGUISED_DISCOUNT: Final = 3.0
 _SENTENCE: Final = re.compile(r"[^.!?\n]{1,400}[.!?\n]*")
 # What hides a text from its reader, as opposed to forms that also come by accident (a full-width letter, a zero-width space).
 HIDING: Final = frozenset(
@@ -89,11 +91,16 @@ class Detection:
 
 @dataclass(frozen=True)
 class Place:
-    """A window of a view; `row` is its row among the distinct ones that are scored."""
+    """A window of a view; `row` is its row among the distinct ones that are scored.
+
+    `discount` is taken off its logit: a disguise looks odd by itself, on a harmless text as well, so where it was undone
+    the decoded view decides, and the disguised one only when it is very sure.
+    """
 
     view: int
     window: Window
     row: int
+    discount: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -137,12 +144,15 @@ class Model:
         rows: dict[bytes, int] = {}
         kept: list[Ids] = []
         places = []
+        undone = _undone(normalised.views, len(text))
         for index, encoding in enumerate(encodings):
+            view = normalised.views[index]
             for window in self._windower.cut(encoding):
                 row = rows.setdefault(window.ids.tobytes(), len(kept))
                 if row == len(kept):
                     kept.append(window.ids)
-                places.append(Place(index, window, row))
+                discount = DISGUISED_DISCOUNT if _is_disguised(view, encoding, window, undone) else 0.0
+                places.append(Place(index, window, row, discount))
         end = time.perf_counter()
         return Prepared(
             text, normalised, encodings, places, kept, {"normalise": _ms(began, middle), "tokenise": _ms(middle, end)}
@@ -150,9 +160,9 @@ class Model:
 
     def logit(self, prepared: Prepared, scores: Scores) -> tuple[float, Place]:
         """The text's logit, which is its worst window's less the penalty for their number; and that window."""
-        worst = max(prepared.places, key=lambda place: float(scores.logits[place.row]))
+        worst = max(prepared.places, key=lambda place: _logit(place, scores))
         penalty = self.card.window_penalty * math.log(len(prepared.places))
-        return float(scores.logits[worst.row]) - penalty, worst
+        return _logit(worst, scores) - penalty, worst
 
     def judge(self, prepared: Prepared, scores: Scores) -> Detection:
         """Pools the windows' scores; rows of `scores` are those of `prepared.rows`."""
@@ -225,7 +235,7 @@ class Model:
     ) -> tuple[Span, ...]:
         probability = self.card.calibration.probability
         _, worst = self.logit(prepared, scores)
-        first = self._span(prepared, worst, probability(float(scores.logits[worst.row])))
+        first = self._span(prepared, worst, probability(_logit(worst, scores)))
         if sentence_logits:
             best = int(np.argmax(sentence_logits))
             # A sentence that is malicious by itself is the better answer; else only the window as a whole is.
@@ -234,8 +244,8 @@ class Model:
                 start, end = view.source(*sentences[best])
                 first = Span(start, end, probability(sentence_logits[best]), first.transform)
         spans = [first]
-        for place in sorted(prepared.places, key=lambda place: -float(scores.logits[place.row])):
-            score = probability(float(scores.logits[place.row]))
+        for place in sorted(prepared.places, key=lambda place: -_logit(place, scores)):
+            score = probability(_logit(place, scores))
             if len(spans) == MOST_SPANS or score < detection.threshold:
                 break
             span = self._span(prepared, place, score)
@@ -249,6 +259,32 @@ class Model:
         # A view without any token (a text of invisible characters) has no place of its own.
         where = view.source(start, end) if end > start else (0, len(prepared.text))
         return Span(*where, score, "+".join(view.transforms) or None)
+
+
+def _logit(place: Place, scores: Scores) -> float:
+    return float(scores.logits[place.row]) - place.discount
+
+
+def _undone(views: list[View], length: int) -> NDArray[np.int64] | None:
+    """For each place in the text as sent, how many characters before it were decoded in some fragment; None for none."""
+    regions = [view.region for view in views if view.region is not None]
+    if not regions:
+        return None
+    marks = np.zeros(length + 1, dtype=np.int64)
+    for start, end in regions:
+        marks[start + 1 : end + 1] = 1
+    return np.cumsum(marks)
+
+
+def _is_disguised(view: View, encoding: Encoding, window: Window, undone: NDArray[np.int64] | None) -> bool:
+    """True where another view shows most of a window undone."""
+    if view.disguised:
+        return True
+    start, end = window_characters(encoding, window)
+    if undone is None or start == end or view.region is not None:
+        return False
+    start, end = view.source(start, end)
+    return int(undone[end] - undone[start]) * 2 > end - start
 
 
 def _reason(detection: Detection, spans: tuple[Span, ...]) -> str:

@@ -58,10 +58,6 @@ class Calibration:
         value = self.scale * logit + self.shift
         return 1 / (1 + math.exp(-value)) if value >= 0 else math.exp(value) / (1 + math.exp(value))
 
-    def logit(self, probability: float) -> float:
-        """The raw logit at which `probability` is reached; 0 < probability < 1."""
-        return (math.log(probability / (1 - probability)) - self.shift) / self.scale
-
 
 @dataclass(frozen=True)
 class ModelCard:

@@ -18,7 +18,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 from urllib.parse import unquote_to_bytes
 
@@ -44,12 +44,14 @@ class View:
 
     `starts`: for each character of `text` the character of the text as sent that it comes from; None: the same place.
     `region`: for a decoded fragment [start, end) of the text as sent, which then holds for every part of it.
+    `disguised`: another view shows most of this one undone (look-alikes folded, or the decoded text decoded further).
     """
 
     text: str
     starts: Offsets | None = None
     region: tuple[int, int] | None = None
     transforms: tuple[str, ...] = ()
+    disguised: bool = False
 
     def source(self, start: int, end: int) -> tuple[int, int]:
         """Where characters [start, end) of this view stand in the text as sent; `start < end` within the view."""
@@ -81,7 +83,7 @@ def normalise(text: str, lexicon: Lexicon, *, spelt: bool) -> Normalised:
         found["confusables"] = sum(map(str.__ne__, folded, cleaned))
     views = [_whole(folded, starts, spelt, ())]
     if folded != cleaned:
-        views.append(_whole(cleaned, starts, spelt, ()))
+        views.append(replace(_whole(cleaned, starts, spelt, ()), disguised=True))
     complete, room = True, len(text) + SPARE_CHARACTERS
     for piece in _fragments(folded, lexicon, MOST_NESTING):
         if len(views) > MOST_FRAGMENTS or len(piece.text) > room:
@@ -92,7 +94,7 @@ def normalise(text: str, lexicon: Lexicon, *, spelt: bool) -> Normalised:
         first, last = piece.start, piece.end - 1
         region = (first, last + 1) if starts is None else (int(starts[first]), int(starts[last]) + 1)
         inner = _whole(fold_lookalikes(piece.text), None, spelt, piece.transforms)
-        views.append(View(inner.text, region=region, transforms=piece.transforms))
+        views.append(View(inner.text, region=region, transforms=piece.transforms, disguised=piece.disguised))
     return Normalised([view for index, view in enumerate(views) if index == 0 or view.text.strip()], dict(found), complete)
 
 
@@ -165,15 +167,17 @@ class _Piece:
     end: int
     text: str
     transforms: tuple[str, ...]
+    disguised: bool = False
 
 
 def _fragments(text: str, lexicon: Lexicon, nesting: int) -> Iterator[_Piece]:
     for name, find in _FINDERS:
         for start, end, decoded in find(text, lexicon):
-            yield _Piece(start, end, decoded, (name,))
-            if nesting > 1:
-                for inner in _fragments(decoded, lexicon, nesting - 1):
-                    yield _Piece(start, end, inner.text, (name, *inner.transforms))
+            inner = list(_fragments(decoded, lexicon, nesting - 1)) if nesting > 1 else []
+            further = sum(piece.end - piece.start for piece in inner if len(piece.transforms) == 1)
+            yield _Piece(start, end, decoded, (name,), disguised=further * 2 > len(decoded))
+            for piece in inner:
+                yield _Piece(start, end, piece.text, (name, *piece.transforms), piece.disguised)
 
 
 Found = Iterator[tuple[int, int, str]]
@@ -188,7 +192,7 @@ def _is_text(decoded: str) -> bool:
     if len(decoded) < 6:
         return False
     signs = len(_SIGNS.findall(decoded))
-    return signs <= 0.3 * len(decoded) and len(_UNPRINTABLE.findall(decoded)) <= 0.03 * len(decoded)
+    return signs <= 0.55 * len(decoded) and len(_UNPRINTABLE.findall(decoded)) <= 0.03 * len(decoded)
 
 
 def _from_bytes(data: bytes) -> str | None:
@@ -253,17 +257,19 @@ def _url(text: str, _: Lexicon) -> Found:
             yield start, match.end(), decoded
 
 
-# The signs by which character codes are announced, and the form of a run of codes that have them; then runs of bare numbers.
+# Whether the form alone says that these are character codes, the sign by which they show, and the form of a run of them. Bare
+# numbers may be anything: they must spell mostly letters.
 _CODES: Final = (
     (
+        True,
         re.compile(r"&#|\\[uU0-7]|U\+|chr\("),
         re.compile(
             r"(?:(?:&#x?[0-9a-fA-F]{2,6};|\\u[0-9a-fA-F]{4}|\\U[0-9a-fA-F]{8}|U\+[0-9a-fA-F]{4,6}|chr\(\d{1,6}\)|\\[0-7]{3})"
             r"[ ,;+.]{0,3}){5,}"
         ),
     ),
-    (re.compile(r"[01]{8}"), re.compile(r"(?<!\d)(?:[01]{8}[ ,;]{0,2}){5,}(?!\d)")),
-    (re.compile(r"\d\d[ ,;\n-]{1,2}\d\d"), re.compile(r"(?<!\d)(?:\d{2,3}[ ,;\n-]{1,2}){7,}\d{2,3}(?!\d)")),
+    (True, re.compile(r"[01]{8}"), re.compile(r"(?<!\d)(?:[01]{8}[ ,;]{0,2}){5,}(?!\d)")),
+    (False, re.compile(r"\d\d[ ,;\n-]{1,2}\d\d"), re.compile(r"(?<!\d)(?:\d{2,3}[ ,;\n-]{1,2}){7,}\d{2,3}(?!\d)")),
 )
 _CODE: Final = re.compile(
     r"&#x([0-9a-fA-F]+);|&#(\d+);|\\u([0-9a-fA-F]{4})|\\U([0-9a-fA-F]{8})|U\+([0-9a-fA-F]+)|chr\((\d+)\)|\\([0-7]{3})|([01]{8})|(\d{2,3})"
@@ -272,7 +278,7 @@ _BASES: Final = (16, 10, 16, 16, 16, 10, 8, 2, 10)
 
 
 def _codes(text: str, _: Lexicon) -> Found:
-    for sign, run in _CODES:
+    for certain, sign, run in _CODES:
         if not sign.search(text):
             continue
         for match in run.finditer(text):
@@ -282,15 +288,28 @@ def _codes(text: str, _: Lexicon) -> Found:
                 value = int(code[group], _BASES[group - 1])
                 chars.append(chr(value) if value < 0x110000 and not 0xD800 <= value <= 0xDFFF else "\x00")
             decoded = "".join(chars)
-            if _is_text(decoded) and sum(map(str.isalpha, decoded)) * 2 > len(decoded):
+            if _is_text(decoded) and (certain or sum(map(str.isalpha, decoded)) * 2 > len(decoded)):
                 yield match.start(), match.end(), decoded
 
 
 _CHUNK: Final = re.compile(r"[^.!?\n]{1,200}[.!?\n]*")
-_WORD: Final = re.compile(r"[A-Za-z]{2,}")
+_WORD: Final = re.compile(r"[A-Za-z]{3,}")
+_LETTER: Final = re.compile(r"[a-z]")
 
 
-def _enciphered(cipher: Callable[[str], str]) -> Callable[[str, Lexicon], Found]:
+def _gains_vowels(ciphered: str, plain: str) -> bool:
+    """True where deciphering brings the vowels, about two letters in five in any language, back from one in five.
+
+    For languages that the lexicon does not know, in plain ASCII: where a vowel has an accent it is not counted.
+    """
+    letters = len(_LETTER.findall(plain))
+    if letters < 20 or not ciphered.isascii():
+        return False
+    before, after = (sum(map(text.lower().count, "aeiou")) / letters for text in (ciphered, plain))
+    return before < 0.27 and after > 0.33
+
+
+def _enciphered(cipher: Callable[[str], str], *, by_vowels: bool) -> Callable[[str, Lexicon], Found]:
     """Finds the pieces that hold few English words as they stand, and mostly English words once deciphered."""
 
     def find(text: str, lexicon: Lexicon) -> Found:
@@ -299,9 +318,10 @@ def _enciphered(cipher: Callable[[str], str]) -> Callable[[str, Lexicon], Found]
             words = _WORD.findall(match[0].lower())
             known = lexicon.share(words)
             if len(words) >= 3 and known < 0.5:
-                read = lexicon.share(_WORD.findall(cipher(match[0]).lower()))
+                plain = cipher(match[0]).lower()
+                read = lexicon.share(_WORD.findall(plain))
                 # The request to decode often stands in the same sentence, in plain words.
-                if read > known + 0.15 and (read > 0.6 or known > 0):
+                if read > known + 0.15 or (by_vowels and known < 0.3 and _gains_vowels(match[0], plain)):
                     if whole and match.end() - whole[0] <= _FRAGMENT_CHARACTERS and match.start() - whole[1] < 3:
                         whole = (whole[0], match.end())
                         continue
@@ -314,25 +334,30 @@ def _enciphered(cipher: Callable[[str], str]) -> Callable[[str, Lexicon], Found]
     return find
 
 
-_SPACED: Final = re.compile(r"(?<![^\W_])(?:[^\W_][ \t._*|~·-]{1,4}){4,}[^\W_](?![^\W_])")
+# Single characters between blanks, whatever they are; or single letters and digits between other signs.
+_SPACED: Final = re.compile(
+    r"(?<!\S)(?:[^\s][ \t]{1,4}){4,}[^\s](?!\S)|(?<![^\W_])(?:[^\W_][ \t._*|~·-]{1,4}){4,}[^\W_](?![^\W_])"
+)
 _GAP: Final = re.compile(r"[ \t._*|~·-]+")
+_BLANKS: Final = re.compile(r"[ \t]+")
 
 
 def _spaced(text: str, lexicon: Lexicon) -> Found:
     """Letters set apart: `i g n o r e   a l l`; without wider gaps between the words, the lexicon finds where they end."""
     for match in _SPACED.finditer(text):
-        run = match[0][:2000]
-        gaps = [gap[0] for gap in _GAP.finditer(run)]
-        usual = Counter(gaps).most_common(1)[0][0]
-        wide = {gap for gap in gaps if len(gap) > len(usual)}
-        words = "".join(char if not _GAP.fullmatch(char) else "" for char in run)
+        run = match[0]
+        between = _BLANKS if len(run[1:].lstrip(" \t")) < len(run) - 1 else _GAP
+        gaps = Counter(gap[0] for gap in between.finditer(run))
+        usual = gaps.most_common(1)[0][0]
+        wide = [gap for gap in gaps if len(gap) > len(usual)]
+        letters = between.sub("", run)
         if wide:
             pattern = "|".join(re.escape(gap) for gap in sorted(wide, key=len, reverse=True))
-            decoded = " ".join(_GAP.sub("", word) for word in re.split(pattern, run))
-        elif words.isascii() and words.isalpha():
-            decoded = " ".join(lexicon.segment(words.lower()))
+            decoded = " ".join(between.sub("", word) for word in re.split(pattern, run))
+        elif letters.isascii() and letters.isalpha():
+            decoded = " ".join(lexicon.segment(letters.lower()))
         else:
-            decoded = words
+            decoded = letters
         yield match.start(), match.end(), decoded
 
 
@@ -391,18 +416,19 @@ def _unleet(token: str, lexicon: Lexicon) -> str | None:
         return None
     core = token.strip(_EDGES)
     bare = core.rstrip("!")
-    if bare.isalpha() or len(bare) < 2 or len(bare) > 40 or (bare.isdigit() and len(bare) > 5):
+    if bare.isalpha() or not 0 < len(bare) <= 40 or (bare.isdigit() and len(bare) > 5):
         return None
-    lower = bare.lower()
+    lower, apostrophe, ending = bare.lower().partition("'")
+    ending = apostrophe + ending.translate(_LEET)
     for table in (_LEET, _LEET_L):
         word = lower.translate(table)
         if word.isalpha() and (word in lexicon.words or (word.endswith("s") and word[:-1] in lexicon.words)):
-            return token.replace(bare, word)
+            return token.replace(bare, word + ending)
     word = lower.translate(_LEET)
     # Not a known word, yet letters and digits alternate as no number or name does: still worth a reading.
     digits = sum(char in _LEET_MARKS for char in bare)
     if word.isalpha() and len(word) >= 5 and not bare.isdigit() and 0.2 <= digits / len(bare) <= 0.8 and _alternates(bare):
-        return token.replace(bare, word)
+        return token.replace(bare, word + ending)
     return None
 
 
@@ -427,7 +453,7 @@ _FINDERS: Final[tuple[tuple[str, Callable[[str, Lexicon], Found]], ...]] = (
     ("url", _url),
     ("spaced_letters", _spaced),
     ("leetspeak", _leet),
-    ("rot13", _enciphered(_rot13)),
-    ("reversed", _enciphered(_reverse)),
+    ("rot13", _enciphered(_rot13, by_vowels=True)),
+    ("reversed", _enciphered(_reverse, by_vowels=False)),
     ("joined_words", _joined),
 )

@@ -603,9 +603,15 @@ async def test_a_stop_answers_what_is_in_hand_and_closes_what_is_idle(fleet: Fle
         await stopping
 
 
-def test_a_busy_port_is_one_line_and_not_a_traceback(nats_server: Server) -> None:
+def test_a_busy_port_is_one_line_and_not_a_traceback(nats_server: Server, nats_passwords: dict[str, str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        environment = {**os.environ, "PORTCULLIS_NATS_URL": nats_server.url, "PORTCULLIS_EDGE_PORT": str(taken.getsockname()[1])}
+        environment = {
+            **os.environ,
+            "PORTCULLIS_NATS_URL": nats_server.url,
+            "PORTCULLIS_NATS_USER": "edge",
+            "PORTCULLIS_NATS_PASSWORD": nats_passwords["edge"],
+            "PORTCULLIS_EDGE_PORT": str(taken.getsockname()[1]),
+        }
         completed = subprocess.run(
             [sys.executable, "-m", "services.edge"], env=environment, capture_output=True, text=True, timeout=60
         )

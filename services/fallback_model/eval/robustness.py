@@ -14,7 +14,7 @@ from services.fallback_model.eval.corpus import Row
 Disguise = Callable[[str, random.Random], str]
 
 TEXTS: Final = 500
-LONGEST_DISGUISED: Final = 1_500
+LONGEST_DISGUISED: Final = 600
 CARRIER_CHARACTERS: Final = 20_000
 PLACES: Final = {"start": 0.0, "middle": 0.5, "end": 1.0}
 
@@ -40,7 +40,7 @@ DISGUISES: Final[dict[str, Disguise]] = {
     "full width (NFKC)": lambda text, rng: text.translate(_FULL_WIDTH),
     "mathematical bold (NFKC)": lambda text, rng: text.translate(_BOLD),
     "zero width": _between("\u200b"),
-    "bidi controls": lambda text, rng: "\u202e" + "\u2066".join(text.split(" ")) + "\u202c",
+    "bidi controls": lambda text, rng: "\u202e" + text.replace(" ", " \u2066") + "\u202c",
     "tag characters": lambda text, rng: "".join(chr(0xE0000 + ord(char)) if " " <= char <= "~" else char for char in text),
     "confusables": lambda text, rng: text.translate(_TWINS),
     "leetspeak": lambda text, rng: text.translate(_LEET),

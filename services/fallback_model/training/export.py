@@ -85,11 +85,3 @@ def write_tokenizer(base: Path, target: Path) -> None:
     content["truncation"] = None
     content["padding"] = None
     target.write_text(json.dumps(content, ensure_ascii=False, separators=(",", ":")), encoding="utf-8")
-
-
-def is_fused(path: Path) -> dict[str, int]:
-    """How often each joined operation stands in the graph."""
-    counts: dict[str, int] = {}
-    for node in onnx.load(str(path)).graph.node:
-        counts[node.op_type] = counts.get(node.op_type, 0) + 1
-    return counts

@@ -6,9 +6,9 @@ import json
 
 import pytest
 
-from services.fallback_model.detector import Detection, Model
+from services.fallback_model.detector import DISGUISED_DISCOUNT, Detection, Model
 from services.fallback_model.paths import DEFAULT_MODEL
-from tests.unit.fallback_model.test_normalise import DISGUISES
+from tests.unit.fallback_model.test_normalise import DISGUISES, disguise
 
 FILLER = (
     "The committee met on Tuesday to go over the plans for the new library. The architect showed the drawings and answered "
@@ -84,3 +84,17 @@ def test_the_release_is_whole_and_small() -> None:
     assert sum(files.values()) <= 25_000_000
     config = json.loads((DEFAULT_MODEL / "config.json").read_text())
     assert config["name"] == DEFAULT_MODEL.name
+
+
+@pytest.mark.parametrize("name", DISGUISES)
+def test_a_disguise_does_no_harm_to_a_harmless_text(model: Model, name: str) -> None:
+    assert not is_malicious(model, disguise(name, "What time does the train to Vienna leave on Sunday"))
+
+
+def test_a_text_that_was_undone_is_judged_by_what_it_says(model: Model) -> None:
+    """The disguised view still counts, but less than the decoded one."""
+    prepared = model.prepare(disguise("leetspeak", ATTACK))
+    discounts = {place.view: place.discount for place in prepared.places}
+    assert discounts[0] == DISGUISED_DISCOUNT
+    assert min(discounts.values()) == 0.0
+    assert all(place.discount == 0.0 for place in model.prepare(FILLER).places)
