@@ -67,6 +67,8 @@ def main() -> int:
                 return show_logs(locate_home(dict(os.environ)), arguments.service, arguments.lines, follow=arguments.follow)
     except (HomeError, ServerError, stack.StackError, control.ControlError, UpError) as error:
         print(f"portcullis: {error}", file=sys.stderr)
+    except StoppedError:  # while we were stopping for another reason
+        return 130
     except BrokenPipeError:  # the reader (head, less) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -84,50 +86,52 @@ def up(environment: dict[str, str], *, detach: bool, scale: dict[str, int]) -> i
 
     130, as a shell would say, when it was stopped before it was ready.
     """
-    began = time.monotonic()
     status = 130
     if not detach:
         die_with_parent(signal.SIGTERM)
     _stop_on_signals()
-    home = open_home(environment)
-    supervisor = control.Supervisor(home)
-    process = None
-    try:
-        with home.lock():
-            if supervisor.pid() is not None:
-                raise UpError(f"already running in {_short(home)}; see ./run status, or stop it with ./run down")
-            control.end_leftovers(home)
-            for path in home.starts.iterdir():
-                path.unlink()
-            plan = stack.plan(home, environment, scale)
-            stack.write(home, plan)
-            external = stack.external_hosts(environment)
-            print(f"Starting Portcullis {VERSION}" + (f" with your {', your '.join(external)}" if external else ""), flush=True)
-            process = control.start_supervisor(home, die_with_parent=not detach)
-            base_url = f"http://{_reachable(plan.edge_host)}:{plan.edge_port}"
-            try:
-                key, verdict = welcome.insist(
-                    lambda: welcome.greet(home, base_url), READY_SECONDS, lambda: _check_alive(home, supervisor, process)
-                )
-            except welcome.NotReadyError as error:
-                raise UpError(_explain(home, supervisor, str(error))) from None
-        print(_greeting(home, base_url, key, verdict, time.monotonic() - began, detach=detach), flush=True)
-        status = 0
-        if detach:
-            return status
-        if process.wait() != 0:
-            status = 1
-            print("portcullis: the supervisor ended:\n" + _last_lines(home, "supervisor.*"), file=sys.stderr)
-    except StoppedError:
-        print("\nStopping…", flush=True)
-    except UpError:
-        if process is not None:
-            _stop(home, process)
-        raise
-    if process is not None:
-        _stop(home, process)
+    with contextlib.ExitStack() as cleanup:
+        try:
+            process = _start(open_home(environment), environment, scale, cleanup, detach=detach)
+            status = 0
+            if detach:
+                cleanup.pop_all()
+                return status
+            if process.wait() != 0:
+                raise UpError("the supervisor ended:\n" + _last_lines(locate_home(environment), "supervisor.*"))
+        except StoppedError:
+            print("\nStopping…", flush=True)
     print("Stopped.", flush=True)
     return status
+
+
+def _start(
+    home: Home, environment: dict[str, str], scale: dict[str, int], cleanup: contextlib.ExitStack, *, detach: bool
+) -> subprocess.Popen[bytes]:
+    """Start the stack, and greet when it has answered; returns its supervisor. What was started is stopped by `cleanup`."""
+    began = time.monotonic()
+    supervisor = control.Supervisor(home)
+    with home.lock():
+        if supervisor.pid() is not None:
+            raise UpError(f"already running in {_short(home)}; see ./run status, or stop it with ./run down")
+        control.end_leftovers(home)
+        for path in home.starts.iterdir():
+            path.unlink()
+        plan = stack.plan(home, environment, scale)
+        stack.write(home, plan)
+        external = stack.external_hosts(environment)
+        print(f"Starting Portcullis {VERSION}" + (f" with your {', your '.join(external)}" if external else ""), flush=True)
+        process = control.start_supervisor(home, die_with_parent=not detach)
+        cleanup.callback(_stop, home, process)
+        base_url = f"http://{_reachable(plan.edge_host)}:{plan.edge_port}"
+        try:
+            key, verdict = welcome.insist(
+                lambda: welcome.greet(home, base_url), READY_SECONDS, lambda: _check_alive(home, supervisor, process)
+            )
+        except welcome.NotReadyError as error:
+            raise UpError(_explain(home, supervisor, str(error))) from None
+    print(_greeting(home, base_url, key, verdict, time.monotonic() - began, detach=detach), flush=True)
+    return process
 
 
 def _stop_on_signals() -> None:
