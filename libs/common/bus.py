@@ -562,7 +562,8 @@ class Bus:
     async def _on_error(self, error: Exception) -> None:
         event = "slow_consumer" if isinstance(error, nats.errors.SlowConsumerError) else "error"
         telemetry.NATS_EVENTS.labels(event).inc()
-        log.warning("NATS: %r", error)
+        # Ten attempts to reconnect a second fail alike; that the connection is lost, and when it is back, has its own line.
+        log.log(logging.WARNING if self.connected else logging.DEBUG, "NATS: %r", error)
 
     async def _on_disconnected(self) -> None:
         telemetry.NATS_EVENTS.labels("disconnected").inc()
