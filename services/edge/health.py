@@ -24,7 +24,7 @@ WINDOW_SECONDS = 0.4
 FRESH_SECONDS = 0.25
 """For so long an answer is given again: a flood of /health is not a flood of pings."""
 CENSUS_SECONDS = 2.0
-"""How often a whole window is waited out, to find replicas that are new."""
+"""For so long the replicas that were found are taken for all there are; then a whole window is waited out again."""
 
 _NAME_PREFIX = "portcullis-"
 _NEEDED = ("auth", "limiter", "detector_proxy")
@@ -152,7 +152,6 @@ class FleetMonitor:
         self._known = 0
         self._asked_at = self._census_at = -CENSUS_SECONDS
         self._round: asyncio.Task[Fleet] | None = None
-        self._census: asyncio.Task[None] | None = None
 
     async def fleet(self) -> Fleet:
         """The fleet as it was at most `FRESH_SECONDS` ago."""
@@ -167,20 +166,15 @@ class FleetMonitor:
         return await asyncio.shield(self._round)
 
     async def _ask(self, now: float) -> Fleet:
-        # When all that are known have answered there is nothing to wait for; as long as something is missing, there is.
-        expected = self._known if not missing(self._fleet) else 0
-        if expected and now - self._census_at >= CENSUS_SECONDS:
-            self._census = asyncio.create_task(self._count())
-        fleet = await self._ping(expected)
+        # When all that are known have answered there is nothing to wait for; as long as something is missing, there is, and
+        # after a while nobody can say who else has come.
+        complete = not missing(self._fleet) and now - self._census_at < CENSUS_SECONDS
+        fleet = await self._ping(expected=self._known if complete else 0)
         self._fleet = fleet
         self._asked_at = self._stages.clock.monotonic()
-        if not expected:
+        if not complete:
             self._known, self._census_at = fleet.size, self._asked_at
         return fleet
-
-    async def _count(self) -> None:
-        self._census_at = self._stages.clock.monotonic()
-        self._known = (await self._ping(expected=0)).size
 
     async def _ping(self, expected: int) -> Fleet:
         deadline_ms = int((self._stages.clock.now() + 2 * WINDOW_SECONDS) * 1000)
