@@ -18,16 +18,19 @@ from rich.console import Console
 from rich.table import Table
 
 from infra.embedded import control, logs, stack, welcome
-from infra.embedded.home import ROOT, Home, HomeError, locate_home, open_home
+from infra.embedded.home import HOME_VARIABLE, ROOT, Home, HomeError, locate_home, open_home
 from infra.embedded.process import die_with_parent
 from infra.embedded.servers import ServerError
 from libs.common import VERSION
+from libs.common.subjects import SERVICES
 
 READY_SECONDS = 60.0
 DYING_STARTS = 4
 """A process that was started this often before the stack was ready will not come up by itself."""
 
 LOG_LINES_SHOWN = 12
+
+_ORDER = (*SERVICES, *stack.SERVERS)
 
 
 class UpError(Exception):
@@ -51,6 +54,7 @@ def main() -> int:
     logs_parser.add_argument("-f", "--follow", action="store_true", help="and go on with new ones")
     logs_parser.add_argument("-n", "--lines", type=int, default=50)
     arguments = parser.parse_args()
+    os.umask(0o077)  # what is made in the home is its owner's
     try:
         match arguments.command:
             case "up":
@@ -63,12 +67,14 @@ def main() -> int:
                 return show_logs(locate_home(dict(os.environ)), arguments.service, arguments.lines, follow=arguments.follow)
     except (HomeError, ServerError, stack.StackError, control.ControlError, UpError) as error:
         print(f"portcullis: {error}", file=sys.stderr)
+    except StoppedError:  # while we were stopping for another reason
+        return 130
     except BrokenPipeError:  # the reader (head, less) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        where = f": {error.filename}" if error.filename else ""
-        print(f"portcullis: {error.strerror}{where}", file=sys.stderr)
+        home = locate_home(dict(os.environ)).path
+        print(f"portcullis: {error.strerror}: {error.filename or home}; the data is in {HOME_VARIABLE}={home}", file=sys.stderr)
     return 1
 
 
@@ -76,47 +82,56 @@ def main() -> int:
 
 
 def up(environment: dict[str, str], *, detach: bool, scale: dict[str, int]) -> int:
-    """Start everything; returns 0 when it was stopped in order (or, with `detach`, when it is ready)."""
-    began = time.monotonic()
+    """Start everything; returns 0 when it was stopped in order (or, with `detach`, when it is ready).
+
+    130, as a shell would say, when it was stopped before it was ready.
+    """
+    status = 130
     if not detach:
         die_with_parent(signal.SIGTERM)
     _stop_on_signals()
-    home = open_home(environment)
-    supervisor = control.Supervisor(home)
-    process = None
-    try:
-        with home.lock():
-            if supervisor.pid() is not None:
-                raise UpError(f"already running in {_short(home)}; see ./run status, or stop it with ./run down")
-            control.end_leftovers(home)
-            for path in home.starts.iterdir():
-                path.unlink()
-            plan = stack.plan(home, environment, scale)
-            stack.write(home, plan)
-            external = stack.external_hosts(environment)
-            print(f"Starting Portcullis {VERSION}" + (f" with your {', your '.join(external)}" if external else ""), flush=True)
-            process = control.start_supervisor(home, die_with_parent=not detach)
-            base_url = f"http://{_reachable(plan.edge_host)}:{plan.edge_port}"
-            try:
-                key, verdict = welcome.insist(
-                    lambda: welcome.greet(home, base_url), READY_SECONDS, lambda: _check_alive(home, supervisor, process)
-                )
-            except welcome.NotReadyError as error:
-                raise UpError(_explain(home, supervisor, str(error))) from None
-        print(_greeting(home, base_url, key, verdict, time.monotonic() - began, detach=detach), flush=True)
-        if detach:
-            return 0
-        process.wait()
-    except StoppedError:
-        print("\nStopping…", flush=True)
-    except UpError:
-        if process is not None:
-            _stop(home, process)
-        raise
-    if process is not None:
-        _stop(home, process)
+    with contextlib.ExitStack() as cleanup:
+        try:
+            process = _start(open_home(environment), environment, scale, cleanup, detach=detach)
+            status = 0
+            if detach:
+                cleanup.pop_all()
+                return status
+            if process.wait() != 0:
+                raise UpError("the supervisor ended:\n" + _last_lines(locate_home(environment), "supervisor.*"))
+        except StoppedError:
+            print("\nStopping…", flush=True)
     print("Stopped.", flush=True)
-    return 0
+    return status
+
+
+def _start(
+    home: Home, environment: dict[str, str], scale: dict[str, int], cleanup: contextlib.ExitStack, *, detach: bool
+) -> subprocess.Popen[bytes]:
+    """Start the stack, and greet when it has answered; returns its supervisor. What was started is stopped by `cleanup`."""
+    began = time.monotonic()
+    supervisor = control.Supervisor(home)
+    with home.lock():
+        if supervisor.pid() is not None:
+            raise UpError(f"already running in {_short(home)}; see ./run status, or stop it with ./run down")
+        control.end_leftovers(home)
+        for path in home.starts.iterdir():
+            path.unlink()
+        plan = stack.plan(home, environment, scale)
+        stack.write(home, plan)
+        external = stack.external_hosts(environment)
+        print(f"Starting Portcullis {VERSION}" + (f" with your {', your '.join(external)}" if external else ""), flush=True)
+        process = control.start_supervisor(home, die_with_parent=not detach)
+        cleanup.callback(_stop, home, process)
+        base_url = f"http://{_reachable(plan.edge_host)}:{plan.edge_port}"
+        try:
+            key, verdict = welcome.insist(
+                lambda: welcome.greet(home, base_url), READY_SECONDS, lambda: _check_alive(home, supervisor, process)
+            )
+        except welcome.NotReadyError as error:
+            raise UpError(_explain(home, supervisor, str(error))) from None
+    print(_greeting(home, base_url, key, verdict, time.monotonic() - began, detach=detach), flush=True)
+    return process
 
 
 def _stop_on_signals() -> None:
@@ -223,7 +238,7 @@ def status(home: Home) -> int:
         table.add_column(title)
     for title in ("pid", "up", "restarts", "memory"):
         table.add_column(title, justify="right")
-    for state in states:
+    for state in sorted(states, key=lambda state: _ORDER.index(state.name.rpartition("_")[0])):
         memory = f"{control.memory_bytes(state.pid) / 1e6:.0f} MB" if state.pid else ""
         up_for = _duration(time.time() - state.starts[-1]) if state.pid and state.starts else ""
         style = None if state.state == "running" else "red"

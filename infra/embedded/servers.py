@@ -136,7 +136,8 @@ def _drop_root(*needed: Path) -> tuple[str, ...]:
 
     Nobody may pass a private folder such as /root. Rather than opening folders that are not ours, we leave the program the
     one capability to pass them: to read and search (`CAP_DAC_READ_SEARCH`), or, in a container that has not got it, to
-    ignore permissions (`CAP_DAC_OVERRIDE`).
+    ignore permissions (`CAP_DAC_OVERRIDE`). Without SECBIT_NO_SETUID_FIXUP access(2), by which initdb looks for its
+    companions, would ignore the capability (fs/open.c); all others go with the exec.
     """
     setpriv = shutil.which("setpriv")
     if setpriv is None:
@@ -148,13 +149,17 @@ def _drop_root(*needed: Path) -> tuple[str, ...]:
     drop = (setpriv, f"--reuid={user.pw_uid}", f"--regid={user.pw_gid}", "--clear-groups", "--pdeathsig=INT")
     if all(parent.stat().st_mode & 0o001 for path in needed for parent in path.parents if parent.exists()):
         return (*drop, "--")
+    permitted = _permitted_capabilities()
     for number, name in ((2, "dac_read_search"), (1, "dac_override")):  # linux/capability.h
-        if _permitted_capabilities() >> number & 1:
-            return (*drop, f"--inh-caps=+{name}", f"--ambient-caps=+{name}", "--")
+        if permitted >> number & 1 and permitted >> _CAP_SETPCAP & 1:
+            return (*drop, "--securebits=+no_setuid_fixup", f"--inh-caps=+{name}", f"--ambient-caps=+{name}", "--")
     raise ServerError(
         "PostgreSQL does not run as root, and other users may not enter this folder; "
         "use another folder or user, or set PORTCULLIS_DATABASE_URL"
     )
+
+
+_CAP_SETPCAP = 8
 
 
 def _permitted_capabilities() -> int:
@@ -187,7 +192,8 @@ def _create_cluster(binaries: Path, data: Path, password: str, drop: tuple[str, 
         making.rename(data)
     except (subprocess.CalledProcessError, OSError) as error:
         shutil.rmtree(making, ignore_errors=True)
-        said = error.stderr.strip().splitlines() if isinstance(error, subprocess.CalledProcessError) else []
-        raise ServerError(f"PostgreSQL's data directory {data} could not be created: {said[-1] if said else error}") from None
+        said = error.stderr.strip().splitlines() if isinstance(error, subprocess.CalledProcessError) else [str(error)]
+        reason = next((line for line in said if "error" in line.lower() or "fatal" in line.lower()), said[-1] if said else error)
+        raise ServerError(f"PostgreSQL's data directory {data} could not be created: {reason}") from None
     finally:
         password_file.unlink(missing_ok=True)

@@ -18,6 +18,8 @@ from infra.embedded.home import HOME_VARIABLE, ROOT, Home, HomeError, is_free, w
 from infra.embedded.supervise import SUPERVISOR_PID_VARIABLE
 from libs.common.subjects import SERVICES
 
+SERVERS = ("nats", "redis", "postgres")
+
 OPERATOR = "operator"
 """The NATS user of whoever runs the system; it may use every subject."""
 
@@ -56,6 +58,8 @@ class Program:
     replicas: int = 1
     stop_signal: str = "TERM"
     environment: Mapping[str, str] = field(default_factory=dict, repr=False)
+    metrics_port: int = 0
+    """Where the first replica serves its metrics, the others on the ports after it; 0: nowhere."""
     listen: tuple[str, int] | None = None
     """Host and port of a socket that all replicas share as their file descriptor 0."""
 
@@ -143,6 +147,9 @@ def plan(home: Home, environment: Mapping[str, str], scale: Mapping[str, int]) -
     if edge_host in LOOPBACK:
         # Whoever reaches the gateway may register a key: fine on this machine alone, and not a default for anybody else's.
         wanted.setdefault("PORTCULLIS_REGISTRATION", "open")
+    # One number for all would set every process on the same port: it is the first of a row, in the order of the path.
+    metrics_port = _port(wanted, "metrics") or 0
+    wanted.pop("PORTCULLIS_METRICS_PORT", None)
     programs = [Program(server.name, server.command, group="servers", stop_signal=server.stop_signal) for server in running]
     for name in SERVICES:
         own = {variable: value for variable, value in wanted.items() if _is_for(variable, name)} | users.get(name, {})
@@ -155,9 +162,11 @@ def plan(home: Home, environment: Mapping[str, str], scale: Mapping[str, int]) -
                 group="edge" if name == "edge" else "services",
                 replicas=scale.get(name, 1),
                 environment=own,
+                metrics_port=metrics_port,
                 listen=(edge_host, edge_port) if name == "edge" else None,
             )
         )
+        metrics_port += scale.get(name, 1) if metrics_port else 0
     return Plan(tuple(programs), edge_host, edge_port)
 
 
@@ -233,6 +242,8 @@ def _program_section(home: Home, program: Program) -> dict[str, str]:
     child = [sys.executable, "-I", "-S", str(Path(__file__).with_name("child.py"))]
     child += ["--environment", str(home.environments / f"{program.name}.json")]
     child += ["--parent-pid-variable", SUPERVISOR_PID_VARIABLE, "--parent-signal", program.stop_signal]
+    if program.metrics_port:
+        child += ["--metrics-port", str(program.metrics_port)]
     section = {
         "": f"{'fcgi-' if program.listen else ''}program:{program.name}",
         "command": " ".join(
@@ -240,6 +251,8 @@ def _program_section(home: Home, program: Program) -> dict[str, str]:
                 *map(shlex.quote, child),
                 "--starts",
                 shlex.quote(f"{home.starts}/") + process,
+                "--number",
+                "%(process_num)d",
                 "--",
                 *map(shlex.quote, program.command),
             ]

@@ -336,12 +336,13 @@ class Bus:
             # A last forward may still be answered "no responders"; that answer is on its way back before this flush returns.
             await self.publish(EVENT_LEFT, InstanceLeft(service=self.service, instance=self.instance))
             await self._settle()
-        connection = self.broker._connection
-        # A connection that is being made again cannot be drained, says nats-py; it holds nothing that could be.
-        with contextlib.suppress(nats.errors.ConnectionReconnectingError, nats.errors.ConnectionClosedError):
+        # Everything is drained by now. nats-py's own drain, which FastStream calls, may wait out its 30 s for a pull subscription
+        # (`fetch` takes some messages off its queue without saying that they are done), and refuses a connection that is
+        # being made again. On a closed one it does nothing.
+        if self.broker._connection is not None:
+            await self.broker._connection.close()
+        with contextlib.suppress(nats.errors.ConnectionClosedError):
             await self.broker.stop()
-        if connection is not None and not connection.is_closed:
-            await connection.close()
 
     # --- asking ----------------------------------------------------------------------------------------------------------
 
@@ -561,7 +562,8 @@ class Bus:
     async def _on_error(self, error: Exception) -> None:
         event = "slow_consumer" if isinstance(error, nats.errors.SlowConsumerError) else "error"
         telemetry.NATS_EVENTS.labels(event).inc()
-        log.warning("NATS: %r", error)
+        # Ten attempts to reconnect a second fail alike; that the connection is lost, and when it is back, has its own line.
+        log.log(logging.WARNING if self.connected else logging.DEBUG, "NATS: %r", error)
 
     async def _on_disconnected(self) -> None:
         telemetry.NATS_EVENTS.labels("disconnected").inc()

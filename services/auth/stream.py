@@ -116,7 +116,7 @@ class JetStreamReader:
                 await self._check_that_nothing_is_missing()
                 return []
             messages += await self._fetch(BATCH_EVENTS - 1, GATHER_SECONDS)
-            return [(self._sequence(message), message.data) for message in messages]
+            return self._without_a_gap(messages)
 
     async def _fetch(self, count: int, timeout_seconds: float) -> list[Msg]:
         try:
@@ -124,12 +124,18 @@ class JetStreamReader:
         except (TimeoutError, nats.errors.TimeoutError):
             return []
 
-    def _sequence(self, message: Msg) -> int:
-        sequence = message.metadata.sequence
-        if sequence.consumer != self._delivered + 1:
-            raise StreamError(f"{sequence.consumer - self._delivered - 1} deliveries are missing")
-        self._delivered = sequence.consumer
-        return sequence.stream
+    def _without_a_gap(self, messages: list[Msg]) -> list[tuple[int, bytes]]:
+        """What can be counted: everything up to a gap, so that even where each read has one the count gets on."""
+        events: list[tuple[int, bytes]] = []
+        for message in messages:
+            sequence = message.metadata.sequence
+            if sequence.consumer != self._delivered + 1:
+                if events:
+                    break
+                raise StreamError(f"{sequence.consumer - self._delivered - 1} deliveries are missing")
+            self._delivered = sequence.consumer
+            events.append((sequence.stream, message.data))
+        return events
 
     async def _check_that_nothing_is_missing(self) -> None:
         # fetch() cannot tell silence from a consumer that a restart of the server has taken away (its error is taken for a

@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 RETRY_SECONDS: Final = 1.0
 """How often a replica that does not count asks whether it should."""
 
-EVENTS = Counter("portcullis_usage_events_total", "Usage events read, by what became of them.", ["outcome"])
+EVENTS = Counter("portcullis_usage_events_read_total", "Usage events read, by what became of them.", ["outcome"])
 COUNTED, SKIPPED, LOST = (EVENTS.labels(outcome) for outcome in ("counted", "skipped", "lost"))
 
 _decode = msgspec.json.Decoder(UsageRecorded).decode

@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager
 from libs.common.bus import Bus
 from libs.common.clock import SystemClock
 from libs.common.contracts import ModelRequest
-from libs.common.micro import MODEL_NAME
+from libs.common.micro import MODEL_NAME, POOL
 from libs.common.service import ConfigurationError, run
 from libs.common.subjects import model_pool
 from services.fallback_model import handlers, processors
@@ -51,6 +51,7 @@ async def parts(bus: Bus, settings: FallbackModelSettings) -> AsyncIterator[None
     except ModelError as error:
         raise ConfigurationError(f"{error}; set PORTCULLIS_MODEL_DIR to a model directory") from None
     bus.status.set(MODEL_NAME, slot.detector.model.card.name)
+    bus.status.set(POOL, settings.model_pool)
     bus.stage(
         model_pool(settings.model_pool), ModelRequest, functools.partial(handlers.detect, slot=slot), max_in_flight=_MAX_IN_FLIGHT
     )

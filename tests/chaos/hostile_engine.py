@@ -32,13 +32,16 @@ class HostileEngine:
         self.port = port
         self.mode = "ok"
         self.detections = 0
+        self.writers: set[asyncio.StreamWriter] = set()
 
     async def handle(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+            self.writers.add(writer)
             try:
                 while await self._one(reader, writer):
                     pass
             finally:
+                self.writers.discard(writer)
                 writer.close()
 
     async def _one(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
@@ -98,3 +101,5 @@ async def hostile_engine(port: int) -> AsyncIterator[HostileEngine]:
         yield engine
     finally:
         server.close()
+        for writer in engine.writers:  # kept connections would go on to answer in place of the next engine on this port
+            writer.close()

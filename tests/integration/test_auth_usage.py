@@ -59,10 +59,11 @@ class Ledger:
         self.key_id = key_id
         self.published = 0
         self.malicious = 0
+        self.enough = asyncio.Event()
         self._keys = keys
 
     async def publish(self, count: int, pause_seconds: float = 0.0) -> None:
-        """Publish as the proxy does: until it is acknowledged, under an id that makes the repetition harmless."""
+        """Publish `count` events, or enough, as the proxy does: each until it is acknowledged, under an id of its own."""
         for n in range(count):
             event = UsageRecorded(key_id=self.key_id, at_ms=int(time.time() * 1000), requests=1, malicious=n % 2)
             headers = {"Nats-Msg-Id": secrets.token_hex(8)}
@@ -77,6 +78,8 @@ class Ledger:
             self.published += 1
             self.malicious += n % 2
             await asyncio.sleep(pause_seconds)
+            if self.enough.is_set():
+                return
 
     async def counted(self) -> tuple[int, int]:
         usage = (await self._keys.usage([self.key_id])).get(self.key_id, Usage())
@@ -88,7 +91,7 @@ class Ledger:
         async def all_there() -> bool:
             return (await self.counted())[0] >= self.published
 
-        await until(all_there, f"{self.published} events to be counted", timeout_seconds=30)
+        await until(all_there, f"{self.published} events to be counted", timeout_seconds=60)
         await asyncio.sleep(0.5)
         assert await self.counted() == (self.published, self.malicious)
 
@@ -236,6 +239,8 @@ async def test_processes_killed_in_the_middle_lose_and_double_nothing(kit: Kit) 
             async with asyncio.timeout(60):
                 while b'"ready"' not in await process.stderr.readline():
                     assert not process.stderr.at_eof()
+            reading = asyncio.create_task(show(process.stderr))
+            stack.callback(reading.cancel)
             return process
 
         first, second = await asyncio.gather(start(), start())
@@ -247,12 +252,18 @@ async def test_processes_killed_in_the_middle_lose_and_double_nothing(kit: Kit) 
         second.kill()
         await second.wait()
         await asyncio.sleep(1)
-        publishing.cancel()
-        await asyncio.wait({publishing})
+        ledger.enough.set()
+        await publishing
         await ledger.settle()
         assert ledger.published > 100
         third.terminate()
         assert await asyncio.wait_for(third.wait(), 20) == 0
+
+
+async def show(stream: asyncio.StreamReader) -> None:
+    """What a process writes: seen when the test fails."""
+    async for line in stream:
+        print(line.decode().rstrip())
 
 
 def end(process: asyncio.subprocess.Process) -> None:

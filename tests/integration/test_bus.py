@@ -321,3 +321,25 @@ async def test_a_drain_without_a_server_comes_to_an_end(tmp_path: Path, nats_pas
             await asyncio.sleep(0.01)
         await bus.drain()
     assert bus.closed.is_set()
+
+
+async def test_a_pull_subscription_does_not_hold_up_the_stop(make_bus: MakeBus) -> None:
+    operator = make_bus("operator")
+    await operator.connect()
+    await operator.start()
+    stream = operator.connection.jetstream()
+    await stream.add_stream(name="PULLED", subjects=["pulled"])
+    subscription = await stream.pull_subscribe("pulled", stream="PULLED")
+    fetch = asyncio.create_task(subscription.fetch(1, timeout=20))
+    while not (await subscription.consumer_info()).num_waiting:
+        await asyncio.sleep(0.01)
+    fetch.cancel()
+    await stream.publish("pulled", b"")
+    while not subscription.pending_msgs:
+        await asyncio.sleep(0.01)
+    # What has come for an earlier fetch is taken off the queue without a word that it is done; nc.drain() waits for that.
+    assert len(await subscription.fetch(1, timeout=5)) == 1
+    await stream.delete_stream("PULLED")
+    stopping = asyncio.create_task(operator.drain())
+    ended, _ = await asyncio.wait({stopping}, timeout=10)  # nats-py would take 30 s, and swallow a cancellation
+    assert stopping in ended

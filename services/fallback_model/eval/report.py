@@ -135,13 +135,22 @@ def _number(value: float | None, digits: int = 3) -> str:
 
 
 def show(results: list[SetResult], title: str) -> None:
-    """Prints the overview."""
-    table = Table(title=title)
+    """Prints the overview, and the confusion at the threshold."""
+    console = Console(width=None if Console().is_terminal else 150)
+    overview = Table(title=title)
     for index, column in enumerate(COLUMNS):
-        table.add_column(column, justify="left" if index == 0 else "right")
+        overview.add_column(column, justify="left" if index == 0 else "right")
+    confusion = Table(title="Confusion at the threshold")
+    confusion.add_column("set")
+    for column in ("malicious, flagged", "malicious, passed", "benign, flagged", "benign, passed"):
+        confusion.add_column(column, justify="right")
     for result in results:
-        table.add_row(*figures(result).values())
-    Console(width=None if Console().is_terminal else 150).print(table)
+        overview.add_row(*figures(result).values())
+        counts = metrics.confusion(result.labels, result.flagged)
+        cells = (counts.true_positive, counts.false_negative, counts.false_positive, counts.true_negative)
+        confusion.add_row(result.name, *map(str, cells))
+    console.print(overview)
+    console.print(confusion)
 
 
 def write_html(results: list[SetResult], title: str, path: Path) -> None:

@@ -66,3 +66,8 @@ def test_a_program_started_by_hand_needs_no_file(tmp_path: Path) -> None:
     missing = tmp_path / "missing.json"
     command = [sys.executable, "-I", "-S", str(child.__file__), "--optional", "--environment", str(missing), "--", "true"]
     assert subprocess.run(command).returncode == 0
+
+
+def test_each_replica_has_a_metrics_port_of_its_own(tmp_path: Path) -> None:
+    found = environment_of_child(tmp_path, "--metrics-port", "9100", "--number", "2", PATH=os.environ["PATH"])
+    assert found["PORTCULLIS_METRICS_PORT"] == "9102"

@@ -106,6 +106,19 @@ def test_scale_is_parsed_or_explained() -> None:
             stack.parse_scale([wrong])
 
 
+def test_no_two_processes_share_a_metrics_port(home: Home) -> None:
+    planned = plan(home, {"PORTCULLIS_METRICS_PORT": "9100"}, edge=2, limiter=3)
+    ports = [
+        program.metrics_port + number
+        for program in planned.programs
+        if program.metrics_port
+        for number in range(program.replicas)
+    ]
+    assert ports == list(range(9100, 9100 + 8))
+    assert not any("PORTCULLIS_METRICS_PORT" in one for one in environments(planned).values())
+    assert not any(program.metrics_port for program in plan(home).programs)
+
+
 def read_by_supervisor(home: Home, planned: stack.Plan) -> dict[str, Any]:
     """The process groups that supervisor itself makes of our configuration, by name."""
     stack.write(home, planned)

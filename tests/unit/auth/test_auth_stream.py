@@ -1,0 +1,48 @@
+"""What is made of deliveries with a gap."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import nats.errors
+import pytest
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+from nats.js import JetStreamContext
+
+from services.auth.ports import StreamError
+from services.auth.stream import JetStreamReader
+
+
+def message(stream_sequence: int, consumer_sequence: int) -> Msg:
+    reply = f"$JS.ACK.USAGE.reader.1.{stream_sequence}.{consumer_sequence}.1800000000000000000.0"
+    return Msg(cast(Client, None), subject="usage.v1.recorded", reply=reply, data=b"%d" % stream_sequence)
+
+
+class Subscription:
+    """Hands out what it is given, fetch by fetch."""
+
+    def __init__(self, *fetches: list[Msg]) -> None:
+        self._fetches = list(fetches)
+
+    async def fetch(self, _: int, timeout: float) -> list[Msg]:
+        if not self._fetches:
+            raise nats.errors.TimeoutError
+        return self._fetches.pop(0)
+
+
+def reader(*fetches: list[Msg]) -> JetStreamReader:
+    return JetStreamReader(cast(JetStreamContext.PullSubscription, cast(Any, Subscription(*fetches))))
+
+
+async def test_a_batch_is_read_in_order() -> None:
+    # Sequences of the stream may be missing (events that were deleted); deliveries may not.
+    read = reader([message(5, 1)], [message(6, 2), message(9, 3)])
+    assert await read.batch() == [(5, b"5"), (6, b"6"), (9, b"9")]
+
+
+async def test_what_is_before_a_gap_is_counted_and_what_is_behind_it_is_read_again() -> None:
+    read = reader([message(5, 1)], [message(6, 2), message(8, 4)], [message(9, 5)], [message(10, 6)])
+    assert await read.batch() == [(5, b"5"), (6, b"6")]
+    with pytest.raises(StreamError):
+        await read.batch()
