@@ -161,7 +161,9 @@ class Model:
     def logit(self, prepared: Prepared, scores: Scores) -> tuple[float, Place]:
         """The text's logit, which is its worst window's less the penalty for their number; and that window."""
         worst = max(prepared.places, key=lambda place: _logit(place, scores))
-        penalty = self.card.window_penalty * math.log(len(prepared.places))
+        # A disguised window hardly counts, so it is no further chance for a false alarm either.
+        chances = sum(place.discount == 0.0 for place in prepared.places)
+        penalty = self.card.window_penalty * math.log(max(1, chances))
         return _logit(worst, scores) - penalty, worst
 
     def judge(self, prepared: Prepared, scores: Scores) -> Detection:
