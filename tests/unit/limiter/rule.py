@@ -306,7 +306,8 @@ class CoreRule:
         self.clock_ms = 0
 
     def set_clock(self, seconds: float) -> None:
-        self.clock_ms = int(seconds * 1000)
+        # By way of microseconds, as Redis tells the time: rounded straight to milliseconds the two can be one apart.
+        self.clock_ms = int(seconds * 1_000_000) // 1000
 
     def decide(self, limits: Sequence[int], cost: int, known: Sequence[int] | None = None) -> Decision:
         return self.state.decide(self.policy, limits, cost, self.clock_ms, known)
