@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import signal
 import sys
@@ -15,7 +14,7 @@ import nats.errors
 import uvloop
 
 from libs.common import settings as settings_module
-from libs.common import telemetry
+from libs.common import tasks, telemetry
 from libs.common.bus import Bus
 from libs.common.settings import CommonSettings
 
@@ -81,7 +80,7 @@ async def _serve(service: str, settings: S, parts: Parts[S], front: Front[S]) ->
     telemetry.serve_metrics(settings)
     async with AsyncExitStack() as outside:
         connecting: asyncio.Task[None] = asyncio.create_task(connect(bus, settings))
-        outside.push_async_callback(_abandon, connecting)
+        outside.push_async_callback(tasks.end, connecting)
         await asyncio.wait({connecting}, timeout=CONNECT_GRACE_SECONDS)
         await outside.enter_async_context(front(bus, settings))
         if not await _unless(stop, connecting):
@@ -134,23 +133,13 @@ async def _entered(stop: asyncio.Event, stack: AsyncExitStack, parts: AbstractAs
     return True
 
 
-async def _abandon(task: asyncio.Task[None]) -> None:
-    """End a task whose outcome no longer matters."""
-    task.cancel()
-    await asyncio.wait({task})
-    if not task.cancelled():
-        task.exception()  # looked at, so that asyncio does not report it as forgotten
-
-
 async def _unless(stop: asyncio.Event, task: asyncio.Task[None]) -> bool:
     """Wait for `task`; False when the signal to stop came first."""
     stopped = asyncio.ensure_future(stop.wait())
     await asyncio.wait({task, stopped}, return_when=asyncio.FIRST_COMPLETED)
     stopped.cancel()
     if not task.done():
-        task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
+        await tasks.end(task)
         return False
     task.result()
     return True

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Coroutine
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import timedelta
 from functools import partial
-from typing import Any
 
 from sqlalchemy import URL
 
-from libs.common import keys, subjects
+from libs.common import keys, subjects, tasks
 from libs.common.bus import Bus
 from libs.common.contracts import (
     AccountRequest,
@@ -79,8 +78,8 @@ async def parts(bus: Bus, settings: AuthSettings) -> AsyncIterator[None]:
         bus.stage(subjects.DETECT_REQUEST, DetectRequest, partial(handlers.detect, authenticator=authenticator))
         _register_calls(bus, use, finisher)
 
-        watching = _Background(health.watch(PostgresCheck(own_engine).check))
-        stack.push_async_callback(watching.stop)
+        watching = asyncio.create_task(health.watch(PostgresCheck(own_engine).check))
+        stack.push_async_callback(tasks.end, watching)
         usage = JetStreamUsage(bus, settings.usage_stream_bytes)
         try:
             # Before the first request, so that its event finds a stream.
@@ -88,10 +87,10 @@ async def parts(bus: Bus, settings: AuthSettings) -> AsyncIterator[None]:
         except StreamError as error:
             log.warning("usage is not counted yet: %s", error)
         counter = UsageCounter(usage, PostgresLedgers(own_engine), clock, retention_days=settings.usage_retention_days)
-        counting = _Background(counter.run())
-        stack.push_async_callback(counting.stop)
+        counting = asyncio.create_task(counter.run())
+        stack.push_async_callback(tasks.end, counting)
         # Before the connection is drained, too: nats-py waits half a minute for a reader that has no time to read any more.
-        bus.on_drained.append(counting.stop)
+        bus.on_drained.append(partial(tasks.end, counting))
         yield
 
 
@@ -138,15 +137,3 @@ def _register_calls(bus: Bus, use: Keys, finisher: Finisher) -> None:
     stage(subjects.ADMIN_KEYS_UPDATE, AdminUpdateKey, finished(handlers.update_key, use, finisher))
     stage(subjects.ADMIN_KEYS_DELETE, AdminKey, finished(handlers.delete_key, use, finisher))
     stage(subjects.BREAKERS_RESET_REQUEST, BreakersResetRequest, finished(handlers.reset_breakers, use, finisher))
-
-
-class _Background:
-    """Work that goes on until it is stopped."""
-
-    def __init__(self, work: Coroutine[Any, Any, None]) -> None:
-        self._task = asyncio.get_running_loop().create_task(work)
-
-    async def stop(self) -> None:
-        self._task.cancel()
-        with suppress(asyncio.CancelledError):
-            await self._task

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
+from libs.common import tasks
 from libs.common.clock import Clock
 from libs.common.contracts import Credential, Principal
 from libs.common.errors import ErrorCode, PortcullisError
@@ -116,9 +116,7 @@ class KeyCache:
 
     async def close(self) -> None:
         if self._reader is not None:
-            self._reader.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._reader
+            await tasks.end(self._reader)
 
     async def _get_unknown(self, key_id: str) -> VerifiableKey | None:
         if not is_key_id(key_id):

@@ -28,7 +28,7 @@ MESSAGE_ID_HEADER = "Nats-Msg-Id"
 MAX_WAITING = 20_000
 """Events without an acknowledgement that are kept: about a minute of a day's worst hour, and less than 10 MB."""
 ACK_SECONDS = 2.0
-MAX_BACKOFF_SECONDS = 8.0
+MAX_BACKOFF_SECONDS = 4.0
 GIVE_UP_SECONDS = 100.0
 """Within the stream's deduplication window (120 s, the server's default): a later copy would be counted twice."""
 SWEEP_SECONDS = 0.25

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager
 
+from libs.common import tasks
 from libs.common.bus import Answer, Bus
 from libs.common.context import RequestContext
 from libs.common.contracts import AdmittedDetect, BreakersListRequest, BreakersReset
@@ -68,7 +69,7 @@ async def parts(bus: Bus, settings: DetectorProxySettings) -> AsyncIterator[None
         bus.stage(BREAKERS_LIST, BreakersListRequest, list_breakers, broadcast=True)
         bus.stage(BREAKERS_RESET, BreakersReset, reset_breaker, broadcast=True)
         for loop in (usage.run(), watch.run()):
-            stack.push_async_callback(_stop, asyncio.create_task(loop))
+            stack.push_async_callback(tasks.end, asyncio.create_task(loop))
         yield
 
 
@@ -79,9 +80,3 @@ def primary_engine(bus: Bus, settings: DetectorProxySettings) -> Engine | None:
     if settings.engine_kind == "pool":
         return PoolEngine(bus, settings.engine_pool)
     return http_engine(settings, settings.engine_url)
-
-
-async def _stop(task: asyncio.Task[None]) -> None:
-    task.cancel()
-    with suppress(asyncio.CancelledError):
-        await task

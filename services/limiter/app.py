@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
 
-from libs.common import micro, subjects
+from libs.common import micro, subjects, tasks
 from libs.common.bus import Bus
 from libs.common.contracts import AnsweredAccount, AuthenticatedDetect, RegisterRequest
 from services.limiter import adapters, handlers
@@ -47,8 +46,6 @@ async def parts(bus: Bus, settings: Settings, *, per_key: Policy = PER_KEY) -> A
     try:
         yield
     finally:
-        watching.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await watching
+        await tasks.end(watching)
         await heartbeat.leave()
         await client.aclose()

@@ -19,7 +19,7 @@ import pytest
 
 from infra.embedded import servers
 from infra.embedded.servers import Server
-from libs.common import subjects
+from libs.common import subjects, tasks
 from libs.common.bus import Bus
 from libs.common.clock import SystemClock
 from libs.common.contracts import UsageRecorded, encode
@@ -125,9 +125,7 @@ async def counting(kit: Kit) -> AsyncIterator[None]:
         try:
             yield
         finally:
-            task.cancel()
-            await asyncio.wait({task}, timeout=10)
-            assert task.done()
+            await tasks.end(task)
 
 
 async def test_counters_cancelled_at_random_points_lose_and_double_nothing(kit: Kit) -> None:

@@ -551,7 +551,7 @@ async def test_events_wait_for_a_stream_that_is_not_there_yet(fleet: Fleet, monk
             async def all_stored() -> bool:
                 return len(await stored()) == 10
 
-            await eventually(all_stored, "ten events")
+            await eventually(all_stored, "ten events", seconds=30)
 
 
 # --- the process ---------------------------------------------------------------------------------------------------------
