@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,12 +23,13 @@ ROOMY = {
 
 
 @contextmanager
-def _stack(**fields: object) -> Iterator[Stack]:
+def running_stack(**fields: object) -> Iterator[Stack]:
     with tempfile.TemporaryDirectory(prefix="pc-") as home:
         stack = Stack(home=Path(home), **fields)  # type: ignore[arg-type]
         try:
             stack.up()
-            stack.key = asyncio.run(_key(stack))
+            with ThreadPoolExecutor(1) as pool:  # a test's own event loop may be running in this thread
+                stack.key = pool.submit(lambda: asyncio.run(_key(stack))).result()
             yield stack
         finally:
             stack.run("down", check=False)
@@ -41,7 +43,7 @@ async def _key(stack: Stack) -> str:
 @pytest.fixture(scope="session")
 def stack() -> Iterator[Stack]:
     """One of each, with the fallback pool as the engine."""
-    with _stack(environment=ROOMY) as stack:
+    with running_stack(environment=ROOMY) as stack:
         yield stack
 
 
@@ -49,7 +51,7 @@ def stack() -> Iterator[Stack]:
 def pairs() -> Iterator[Stack]:
     """Two of each service."""
     services = ("edge", "auth", "limiter", "detector_proxy", "fallback_model")
-    with _stack(environment=ROOMY, scale=dict.fromkeys(services, 2)) as stack:
+    with running_stack(environment=ROOMY, scale=dict.fromkeys(services, 2)) as stack:
         for name in services:
             assert len(stack.pids(name)) == 2
         for name in SERVERS:
@@ -71,5 +73,5 @@ def engine_stack(engine_port: int) -> Iterator[Stack]:
         "PORTCULLIS_ENGINE_NAME": "hostile-engine",
         "PORTCULLIS_ENGINE_TIMEOUT_SECONDS": "1",
     }
-    with _stack(environment=environment) as stack:
+    with running_stack(environment=environment) as stack:
         yield stack

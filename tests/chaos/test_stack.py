@@ -13,6 +13,7 @@ from collections import Counter
 
 import aiohttp
 
+from tests.chaos.conftest import ROOMY, running_stack
 from tests.chaos.kit import ATTACK, BENIGN, Stack, callers, register, wait_for_detection
 from tests.conftest import wait_until
 
@@ -181,6 +182,29 @@ async def test_usage_is_counted_once_whatever_is_restarted(stack: Stack) -> None
             assert response.status == 200
         expected[0] += 1
         assert await counted(), (await _usage(session, key), expected)
+
+
+async def test_keys_limits_and_counts_survive_a_restart() -> None:
+    with running_stack(environment=ROOMY) as own:
+
+        async def profile() -> dict[str, object]:
+            async with callers(own) as session, session.get("/auth/profile", headers={"X-API-Key": own.key}) as response:
+                assert response.status == 200
+                document: dict[str, object] = await response.json()
+                return document
+
+        async with callers(own) as session:
+            for _ in range(5):
+                async with session.post("/v1/detect", json={"text": BENIGN}, headers={"X-API-Key": own.key}) as response:
+                    assert response.status == 200
+        await asyncio.to_thread(own.down)
+        assert own.processes() == []
+        await asyncio.to_thread(own.up)
+        deadline = time.monotonic() + 15
+        while (await profile())["total_requests"] != 5 and time.monotonic() < deadline:
+            await asyncio.sleep(0.1)
+        after = await profile()
+        assert (after["total_requests"], after["requests_today"]) == (5, 5)  # PostgreSQL or JetStream; Redis
 
 
 async def test_health_says_who_is_there(pairs: Stack) -> None:
