@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import string
 from collections.abc import Iterable
 from typing import Final
+
+from tokenizers.models import Unigram
 
 LONGEST_WORD: Final = 18
 _UNKNOWN_COST: Final = 12.0
@@ -20,9 +23,12 @@ class Lexicon:
         self.words: frozenset[str] = frozenset(ranked)
         # Zipf's law: the frequency of a word falls with its rank, so a word costs about the logarithm of its rank. Rare entries
         # of two letters in a subword vocabulary are mostly not words at all.
-        self._cost = {
+        costs = {
             word: math.log(rank + 10) + (3.0 if len(word) == 2 and rank > 1500 else 0.0) for rank, word in enumerate(ranked)
         } | {"a": 4.0, "i": 4.0}
+        letters = dict.fromkeys(string.ascii_lowercase, _UNKNOWN_COST)
+        self._segmenter = Unigram([(word, -cost) for word, cost in (letters | costs).items()])
+        self._segmenter._resize_cache(0)  # it would keep what it has seen of texts
 
     @classmethod
     def of_vocabulary(cls, vocabulary: dict[str, int]) -> Lexicon:
@@ -42,20 +48,8 @@ class Lexicon:
         return sum(word in self.words for word in words) / len(words) if words else 0.0
 
     def segment(self, letters: str) -> list[str]:
-        """The likeliest words that `letters` (lower case, no spaces) is made of; linear time in its length.
+        """The likeliest words that `letters` (lower case ASCII, no spaces) is made of; linear time in its length.
 
-        A unigram model with Zipf costs, solved by dynamic programming; a letter that fits no word stands alone.
+        A unigram model with Zipf costs; a letter that fits no word stands alone.
         """
-        best = [0.0] + [math.inf] * len(letters)
-        back = [0] * (len(letters) + 1)
-        for end in range(1, len(letters) + 1):
-            for start in range(max(0, end - LONGEST_WORD), end):
-                cost = self._cost.get(letters[start:end], _UNKNOWN_COST if end - start == 1 else math.inf)
-                if best[start] + cost < best[end]:
-                    best[end], back[end] = best[start] + cost, start
-        words: list[str] = []
-        end = len(letters)
-        while end:
-            words.append(letters[back[end] : end])
-            end = back[end]
-        return words[::-1]
+        return [token.value for token in self._segmenter.tokenize(letters)]
