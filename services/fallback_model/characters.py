@@ -236,7 +236,9 @@ def fold_lookalikes(text: str) -> str:
 
 def runs(marks: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Where each run of True starts, and where it ends (exclusive)."""
-    edges = np.flatnonzero(np.diff(marks, prepend=False, append=False))
+    padded = np.zeros(len(marks) + 2, dtype=np.bool_)
+    padded[1:-1] = marks
+    edges = np.flatnonzero(padded[1:] != padded[:-1])
     return edges[::2], edges[1::2]
 
 

@@ -18,14 +18,14 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Any, Final
 from urllib.parse import unquote_to_bytes
 
 import numpy as np
 from numpy.typing import NDArray
 
-from services.fallback_model.characters import CHANGES, Codes, codes_of, fold_lookalikes, runs, tables, text_of
-from services.fallback_model.lexicon import Lexicon
+from services.fallback_model.characters import CHANGES, Codes, codes_of, fold_lookalikes, holds, runs, tables, text_of
+from services.fallback_model.lexicon import NO_LETTER, Lexicon, letter_numbers, pairs_of
 
 MOST_NESTING: Final = 2
 MOST_FRAGMENTS: Final = 256
@@ -35,7 +35,6 @@ _FRAGMENT_CHARACTERS: Final = 480
 """Neighbouring pieces that need the same undoing are put together up to this length, about one window of the model."""
 
 Offsets = NDArray[np.int32]
-Letters = NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
@@ -139,7 +138,7 @@ def _whole(text: str, starts: Offsets | None, spelt: bool, transforms: tuple[str
 
 def _cuts(codes: Codes) -> NDArray[np.int64]:
     """Where runs of ASCII letters are to be cut for none to be too long; nowhere, where none is."""
-    starts, ends = runs(_letter_numbers(codes) < _NO_LETTER)
+    starts, ends = runs(letter_numbers(text_of(codes)) < NO_LETTER)
     if not (ends - starts > _LONGEST_RUN).any():
         return np.empty(0, dtype=np.int64)
     pieces = (ends - starts - 1) // _RUN_PIECE
@@ -184,7 +183,7 @@ def _fragments(text: str, lexicon: Lexicon, nesting: int, bounds: _Bounds, withi
     """`within`: how `text` itself was decoded."""
     source = _Source(text, lexicon)
     for name, find in _FINDERS:
-        if within == "leetspeak" and name not in _WITHIN_LEETSPEAK:
+        if name in _NOT_WITHIN.get(within, ()):
             continue
         for start, end, decoded in find(source):
             if not bounds.take(len(decoded)):
@@ -266,14 +265,16 @@ def _decode_base64(blob: str) -> str | None:
 
 
 _HEX: Final = re.compile(r"(?:(?:0x|\\x)?[0-9a-fA-F]{2}[ ,:;\n-]{0,2}){8,}")
+_HEX_STRETCH: Final = re.compile(r"[0-9a-fA-Fx\\ ,:;\n-]{16,}")  # what a run stands in; found much faster
 _HEX_PAIR: Final = re.compile(r"(?:0x|\\x)?([0-9a-fA-F]{2})")
 
 
 def _hex(source: _Source) -> Found:
-    for match in _HEX.finditer(source.text):
-        decoded = _from_bytes(bytes.fromhex("".join(_HEX_PAIR.findall(match[0]))))
-        if decoded is not None:
-            yield match.start(), match.end(), decoded
+    for stretch in _HEX_STRETCH.finditer(source.text):
+        for match in _HEX.finditer(source.text, *stretch.span()):
+            decoded = _from_bytes(bytes.fromhex("".join(_HEX_PAIR.findall(match[0]))))
+            if decoded is not None:
+                yield match.start(), match.end(), decoded
 
 
 _ESCAPED: Final = re.compile(r"(?:%[0-9a-fA-F]{2}[^\s%]{0,200}){2,}")
@@ -282,6 +283,8 @@ _MOST_BEFORE_ESCAPE: Final = 200
 
 def _url(source: _Source) -> Found:
     text = source.text
+    if "%" not in text:
+        return
     for match in _ESCAPED.finditer(text):
         start = match.start()
         before = text[max(0, start - _MOST_BEFORE_ESCAPE) : start]
@@ -327,28 +330,16 @@ def _codes(source: _Source) -> Found:
                 yield match.start(), match.end(), decoded
 
 
-_CHUNK: Final = re.compile(r"[^.!?\n]{1,200}[.!?\n]*")
-_STOPS: Final = ".!?\n"
-_SHORTEST_WORD: Final = 3
-_FEWEST_WORDS: Final = 3
-_NO_LETTER: Final = 26
-_VOWELS: Final = np.isin(np.arange(_NO_LETTER + 1), [ord(vowel) - ord("a") for vowel in "aeiou"])
-_ROT13: Final = np.array([*range(13, 26), *range(13), _NO_LETTER], dtype=np.uint8)
+_CHUNK: Final = re.compile(r"[^.!?:\n]{1,200}[.!?:\n]*")
+_STOPS: Final = ".!?:\n"
+_LEAST_GAIN: Final = 12.0
+_LEAST_MEAN_GAIN: Final = 0.3
+_LEAST_MEAN: Final = -3.2
+"""How much likelier, in nats, the letters of a chunk must be deciphered than as they stand: in all, and by pair of letters; and
+how likely they must then be. English has -2.5 by pair, other languages in the same letters -3, letters drawn at random -4.4."""
 
 
-def _letter_numbers(codes: Codes) -> Letters:
-    """0 to 25 for the letters of ASCII, large and small; 26 for everything else."""
-    numbers: Letters = np.minimum((codes | 0x20) - np.uint32(ord("a")), np.uint32(_NO_LETTER)).astype(np.uint8)
-    return numbers
-
-
-def _words_alone(letters: Letters) -> Letters:
-    """The same without the letters of shorter words than are looked up."""
-    marks = letters < _NO_LETTER
-    starts, ends = runs(marks)
-    kept = letters.copy()
-    kept[marks] = np.where(np.repeat(ends - starts >= _SHORTEST_WORD, ends - starts), letters[marks], _NO_LETTER)
-    return kept
+Sums = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -362,28 +353,39 @@ class _Chunks:
 
 
 def _chunks(text: str, lexicon: Lexicon) -> _Chunks:
-    """Finds the pieces that hold few English words as they stand, and mostly English words once deciphered."""
+    """Finds the pieces whose letters follow each other as in words once deciphered, and do not as they stand."""
     lengths = np.array([*map(len, _CHUNK.findall(text))], dtype=np.int64)
     ends = np.cumsum(lengths) + len(text) - len(text.lstrip(_STOPS))
     starts = ends - lengths
-    letters = _words_alone(_letter_numbers(codes_of(text)))
-    first, _ = runs(letters < _NO_LETTER)
-    chunk = np.searchsorted(ends, first, side="right")
-    words = np.bincount(chunk, minlength=len(ends))
+    if not len(starts):
+        none = np.empty(0, dtype=np.bool_)
+        return _Chunks(starts, ends, none, none)
+    numbers = letter_numbers(f"{text} ")
+    pairs = pairs_of(numbers)
+    number = _sums((numbers[:-1] < NO_LETTER) | (numbers[1:] < NO_LETTER), starts)
+    tables = (lexicon.likelihoods, lexicon.rot13_likelihoods, lexicon.reversed_likelihoods)
+    plain, turned, backwards = (_sums(likelihoods[pairs], starts) for likelihoods in tables)
+    rot13 = turned >= backwards
+    return _Chunks(starts, ends, _enciphered(plain, turned, number) & rot13, _enciphered(plain, backwards, number) & ~rot13)
 
-    def share(letters: Letters, step: int = 1) -> NDArray[np.float64]:
-        """The share of words of each chunk that are known; `step` -1 reads them backwards."""
-        spelt = (letters + np.uint8(ord("a"))).tobytes().decode("ascii").replace("{", " ")[::step]
-        known = np.fromiter(map(lexicon.words.__contains__, spelt.split()), dtype=np.bool_, count=len(chunk))
-        return np.bincount(chunk, weights=known[::step], minlength=len(ends)) / np.maximum(words, 1)
 
-    known = share(letters)
-    unread = (words >= _FEWEST_WORDS) & (known < 0.5)
-    if not unread.any():
-        return _Chunks(starts, ends, unread, unread)
-    rot13 = unread & (share(_ROT13[letters]) > known + 0.15)
-    backwards = unread & (share(letters, -1) > known + 0.15)
-    return _Chunks(starts, ends, rot13, backwards)
+def _sums(values: NDArray[Any], starts: NDArray[np.int64]) -> Sums:
+    """The sum from each start up to the next."""
+    sums: Sums = np.add.reduceat(values, starts, dtype=np.float64)
+    return sums
+
+
+def _enciphered(plain: Sums, deciphered: Sums, pairs: Sums) -> NDArray[np.bool_]:
+    """The chunks that gain enough, and those beside them that gain anything or hold no letters to tell by."""
+    gain = deciphered - plain
+    sure = (gain >= _LEAST_GAIN) & (gain >= _LEAST_MEAN_GAIN * pairs) & (deciphered >= _LEAST_MEAN * pairs)
+    if not sure.any():
+        return sure
+    likely: NDArray[np.bool_] = sure | (gain > 0) | (pairs == 0)
+    first, last = runs(likely)
+    with_sure = holds(sure, first, last)
+    likely[likely] = np.repeat(with_sure, last - first)
+    return likely
 
 
 def _joined_chunks(chunks: _Chunks, wanted: NDArray[np.bool_]) -> Iterator[tuple[int, int]]:
@@ -439,12 +441,15 @@ def _spaced(source: _Source) -> Found:
         yield match.start(), match.end(), decoded
 
 
-_JOINED: Final = re.compile(r"(?<![A-Za-z])[A-Za-z]{24,2000}+(?![A-Za-z])")
+_JOINED: Final = re.compile(r"[A-Za-z]{24,}+")
+_LONGEST_JOINED: Final = 2_000
 
 
 def _joined(source: _Source) -> Found:
     """Words run together: `ignoreallpreviousinstructions`."""
     for match in _JOINED.finditer(source.text):
+        if len(match[0]) > _LONGEST_JOINED:
+            continue
         words = source.lexicon.segment(match[0].lower())
         if sum(len(word) for word in words if len(word) > 2) >= 0.7 * len(match[0]):
             yield match.start(), match.end(), " ".join(words)
@@ -452,79 +457,101 @@ def _joined(source: _Source) -> Found:
 
 _LEET: Final = str.maketrans("013456789@$!|+€", "oieasgtbgasilte")
 _LEET_L: Final = str.maketrans("013456789@$!|+€", "oleasgtbgasilte")
-_LEET_MARKS: Final = frozenset("013456789@$!|+€")
-_EDGES: Final = ".,;:?\"'`()]}[{<>*_#-"
+_LEET_MARKS: Final = "013456789@$!|+€"
+_LEET_CHUNK: Final = re.compile(r"[^\n]{1,160}+[^\s]{0,40}+[ \n]?")  # possessive: a chunk is never given back
+# What stands between words: blanks and punctuation, but for the signs that are letters in leetspeak.
+_LEET_WORD: Final = re.compile(r"""([^\s_"#%&()*,./:;<=>?\[\\\]^`{}~\u00a1-\u00bf\u2000-\u206f\u3000-\u303f-]+)""")
+_LEET_SIGNS: Final = frozenset(_LEET_MARKS)
+_NO_LETTERS: Final = f"'27{_LEET_MARKS}"
+_LEET_MARK: Final = re.compile(f"[{_LEET_MARKS}]")
+# Signs and letters change place at least three times: `1n57ruc710n`, but not `abc123` or `v1`.
+_ALTERNATING: Final = re.compile("(?:L++M++L++M|M++L++M++L)".replace("L", r"[^\W\d_]").replace("M", _LEET_MARK.pattern))
+# Hexadecimal numbers and ordinals happen to spell words.
+_NUMBER: Final = re.compile(r"[0-9a-fA-F]+|[^a-zA-Z]*\d(?:st|nd|rd|th)", re.IGNORECASE)
+_LEAST_LIKENESS: Final = -3.2
+"""Words of the lexicon have a likeness of -2.4 on average, letters drawn at random one of -4."""
+
+
+@dataclass(frozen=True)
+class _LeetWords:
+    """What words with digits and signs for letters spell. `hits`: those that say by themselves that this is leetspeak.
+
+    `known`: what they spell where that is a word, or like one; bare numbers may be (`70` is `to`). `guessed`: the others.
+    """
+
+    known: dict[str, str]
+    hits: set[str]
+    guessed: dict[str, str]
+
+    def read(self, parts: list[str], hits: int) -> str:
+        """The text that `parts`, words and what is between them, make up; there are `hits` among them."""
+        read = [self.known.get(part, part) for part in parts]
+        # Where most words that may be in leetspeak are, take the others to be as well.
+        if hits > 2 and hits > sum(map(self.guessed.__contains__, parts)):
+            read = [self.guessed.get(part, part) for part in read]
+        return "".join(read)
 
 
 def _leet(source: _Source) -> Found:
-    """Words with digits and signs for letters, where what they spell is an English word."""
-    words = _unleet(source.text, source.lexicon)
-    # A bare number may be a word (`70` is `to`), but only among others that are.
-    sure = {token for token, word in words.items() if len(word) > 2 and not token.strip(_EDGES).isdigit()}
-    if not sure:
+    """Stretches with at least two words in which digits and signs stand for letters."""
+    leet = _unleet(source.text, source.lexicon)
+    if not leet.hits:
         return
     whole: tuple[int, int, int] | None = None
-    pieces: list[str] = []
+    parts: list[str] = []
     for chunk in _LEET_CHUNK.finditer(source.text):
-        tokens = _BLANK.split(chunk[0])
-        hits = sum(map(sure.__contains__, tokens))
+        split = _LEET_WORD.split(chunk[0])
+        hits = sum(map(leet.hits.__contains__, split))
         if not hits:
             continue
-        decoded = "".join([words.get(token, token) for token in tokens])
         if whole and chunk.end() - whole[0] <= _FRAGMENT_CHARACTERS and chunk.start() - whole[1] < 3:
-            pieces += [source.text[whole[1] : chunk.start()], decoded]
+            parts += [source.text[whole[1] : chunk.start()], *split]
             whole = (whole[0], chunk.end(), whole[2] + hits)
             continue
         if whole and whole[2] >= 2:
-            yield whole[0], whole[1], "".join(pieces)
-        whole, pieces = (chunk.start(), chunk.end(), hits), [decoded]
+            yield whole[0], whole[1], leet.read(parts, whole[2])
+        whole, parts = (chunk.start(), chunk.end(), hits), split
     if whole and whole[2] >= 2:
-        yield whole[0], whole[1], "".join(pieces)
+        yield whole[0], whole[1], leet.read(parts, whole[2])
 
 
-_LEET_CHUNK: Final = re.compile(r"[^\n]{1,160}+[^\s]{0,40}+[ \n]?")  # possessive: a chunk is never given back
-_BLANK: Final = re.compile(r"(\s)")
-
-
-def _unleet(text: str, lexicon: Lexicon) -> dict[str, str]:
-    """What words of the text spell that have digits and signs for letters, by the word with the signs around it."""
-    found: dict[str, str] = {}
-    tokens, bare = [], []
-    for token in set(text.split()):
-        if token.isalpha() or _LEET_MARKS.isdisjoint(token):
+def _unleet(text: str, lexicon: Lexicon) -> _LeetWords:
+    found = _LeetWords({}, set(), {})
+    words, bare = [], []
+    for word in set(_LEET_WORD.findall(text)):
+        if word.isalpha() or _LEET_SIGNS.isdisjoint(word):
             continue
-        core = token.strip(_EDGES).rstrip("!")
+        core = word.lstrip("'").rstrip("!'")
         if core.isalpha() or not 0 < len(core) <= 40 or (len(core) > 5 and core.isdigit()):
             continue
-        tokens.append(token)
+        words.append(word)
         bare.append(core)
     if not bare:
         return found
     # All at once, one a line: a translation costs little more for a text than for a word.
     lower = "\n".join(bare).lower()
     readings = [lower.translate(table).split("\n") for table in (_LEET, _LEET_L)]
-    for token, core, as_i, as_l in zip(tokens, bare, *readings, strict=True):
-        ending = ""
-        if "'" in core:
-            (as_i, apostrophe, rest), as_l = as_i.partition("'"), as_l.partition("'")[0]
-            ending = apostrophe + rest
-        for word in (as_i, as_l):
-            if word in lexicon.words or (word.endswith("s") and word[:-1] in lexicon.words):
+    unknown = []
+    for word, core, as_i, as_l in zip(words, bare, *readings, strict=True):
+        stem, apostrophe, ending = as_i.partition("'")
+        for reading in (stem, as_l.partition("'")[0]):
+            if reading in lexicon.words or (reading.endswith("s") and reading[:-1] in lexicon.words):
+                found.known[word] = word.replace(core, reading + apostrophe + ending)
+                if len(reading) > 2 and not _NUMBER.fullmatch(core) and core.strip(_NO_LETTERS):
+                    found.hits.add(word)
                 break
         else:
-            word = as_i
-            # Not a known word, yet letters and digits alternate as no number or name does: still worth a reading.
-            if len(word) < 5 or not word.isalpha() or core.isdigit() or not _ALTERNATING.match(core):
-                continue
-            if not 0.2 <= len(_LEET_MARK.findall(core)) / len(core) <= 0.8:
-                continue
-        found[token] = token.replace(core, word + ending)
+            if stem.isascii() and stem.isalpha() and core.strip(_NO_LETTERS):
+                unknown.append((word, core, stem, apostrophe + ending))
+    for (word, core, stem, ending), likeness in zip(unknown, lexicon.likeness([each[2] for each in unknown]), strict=True):
+        reading = word.replace(core, stem + ending)
+        # Not a known word, yet letters and digits alternate as in no number or name, and spell what may be one.
+        if len(stem) >= 5 and likeness >= _LEAST_LIKENESS and _ALTERNATING.match(core):
+            found.known[word] = reading
+            found.hits.add(word)
+        else:
+            found.guessed[word] = reading
     return found
-
-
-_LEET_MARK: Final = re.compile(f"[{''.join(_LEET_MARKS)}]")
-# Signs and letters change place at least three times: `1n57ruc710n`, but not `abc123` or `v1`.
-_ALTERNATING: Final = re.compile("(?:L++M++L++M|M++L++M++L)".replace("L", r"[^\W\d_]").replace("M", _LEET_MARK.pattern))
 
 
 _FINDERS: Final[tuple[tuple[str, Callable[[_Source], Found]], ...]] = (
@@ -538,5 +565,10 @@ _FINDERS: Final[tuple[tuple[str, Callable[[_Source], Found]], ...]] = (
     ("reversed", _reversed),
     ("joined_words", _joined),
 )
-# Only words of a text in leetspeak become others: what else is encoded there has been found in the text around it.
-_WITHIN_LEETSPEAK: Final = frozenset({"rot13", "reversed", "joined_words"})
+# What is not looked for in a fragment. In leetspeak only words become others, so what else is encoded there has been found in the
+# text around it; and a cipher of its own reverse gives the text back.
+_NOT_WITHIN: Final = {
+    "leetspeak": frozenset({"base64", "hex", "char_codes", "url", "spaced_letters", "leetspeak"}),
+    "rot13": frozenset({"rot13"}),
+    "reversed": frozenset({"reversed"}),
+}
