@@ -8,18 +8,25 @@ Two readings are kept per character:
   cannot spell would otherwise arrive as [UNK] or as single letters; transliterated, every script reaches it as pieces it
   has embeddings for. Ideographs are set apart by spaces, one syllable each.
 
-Both are tables filled on first use, so that reading a text costs one table look-up per character.
+Both are tables over all of Unicode, built once, and a text is read with a few array operations: the time depends on its
+length, not on the characters that it is made of.
 """
 
 from __future__ import annotations
 
 import functools
-import re
-import string
+import sys
 import unicodedata
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Final
 
+import numpy as np
 from anyascii import anyascii
+from numpy.typing import NDArray
+
+Codes = NDArray[np.uint32]
+"""A text as its code points."""
 
 _TAGS: Final = range(0xE0020, 0xE007F)
 _REPLACEMENT: Final = "�"
@@ -27,16 +34,21 @@ MOST_GROWTH: Final = 4
 """Characters that one character may become when cleaned."""
 MOST_SPELT: Final = 10
 """Characters that one character may become when spelt."""
-_NO_LETTERS: Final = bytes(code for code in range(128) if not chr(code).isalpha())
-_LATIN_LETTERS: Final = frozenset(string.ascii_letters)
+_CODE_POINTS: Final = sys.maxunicode + 1
 _SEVERAL: Final = 3
 
 
 def warm() -> None:
-    """Fills both tables for living scripts, so that the first text in one is read as fast as the next."""
-    for code in (*range(0x20, 0xD800), *range(0xE000, 0x20000)):
-        CLEAN[code]
-        LATIN[code]
+    """Builds the tables, half a second of work, so that the first text is read as fast as the next."""
+    tables()
+
+
+def codes_of(text: str) -> Codes:
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
+
+
+def text_of(codes: Codes) -> str:
+    return codes.tobytes().decode("utf-32-le", "surrogatepass")
 
 
 def _is_invisible(char: str, code: int) -> bool:
@@ -98,41 +110,101 @@ def _is_vowel_sign(mark: str) -> bool:
     return 0x0900 <= ord(mark) <= 0x109F or 0x1780 <= ord(mark) <= 0x17FF
 
 
-class _Table(dict[int, str]):
-    """Code point to reading, filled on first use; at most one entry per code point of Unicode."""
+class Table:
+    """A reading, of any length, for every code point."""
 
-    def __init__(self, latin: bool) -> None:
-        super().__init__()
-        self._latin = latin
+    def __init__(self, readings: dict[int, str], other: int | None) -> None:
+        """`other`: how a code point without an entry in `readings` is read; None: as itself."""
+        spelt = codes_of("".join(readings.values()))
+        lengths = np.fromiter(map(len, readings.values()), dtype=np.int32, count=len(readings))
+        codes = np.fromiter(readings, dtype=np.int64, count=len(readings))
+        plain = np.arange(_CODE_POINTS, dtype=np.uint32)
+        # The reading of code point c is _pool[_start[c] : _start[c] + _length[c]]; the pool begins with every code point itself.
+        self._pool = np.concatenate([plain, spelt])
+        self._start = plain.astype(np.int32) if other is None else np.full(_CODE_POINTS, other, dtype=np.int32)
+        self._start[codes] = _CODE_POINTS + np.cumsum(lengths, dtype=np.int32) - lengths
+        self._length = np.ones(_CODE_POINTS, dtype=np.uint8)
+        self._length[codes] = lengths
 
-    def __missing__(self, code: int) -> str:
-        reading = latin_character(chr(code)) if self._latin else clean_character(chr(code))
-        self[code] = reading
-        return reading
+    def read(self, codes: Codes) -> tuple[Codes, NDArray[np.int32] | None]:
+        """The readings of a text's characters one after the other, and the length of each; None where all are 1."""
+        start, length = self._start[codes], self._length[codes]
+        if (length == 1).all():
+            return self._pool[start], None
+        lengths = length.astype(np.int32)
+        ends = np.cumsum(lengths, dtype=np.int32)
+        places = np.repeat(start - ends + lengths, lengths)
+        places += np.arange(len(places), dtype=np.int32)
+        return self._pool[places], lengths
 
 
-CLEAN: Final = _Table(latin=False)
-LATIN: Final = _Table(latin=True)
+@dataclass(frozen=True)
+class Tables:
+    """What is known of every code point; the arrays have one entry for each.
+
+    `change`: what reading it clean undoes, as an index into `CHANGES`.
+    `twin`: the ASCII letter or digit that it can be mistaken for (Unicode's confusables table), 0 for none.
+    `letter`: whether it is part of a word: letters and the numbers that are no decimal digits.
+    """
+
+    clean: Table
+    latin: Table
+    change: NDArray[np.uint8]
+    twin: NDArray[np.uint8]
+    letter: NDArray[np.bool_]
+
+
+CHANGES: Final = ("", "tag_characters", "bidi", "zero_width", "control_characters", "nfkc")
 
 
 @functools.cache
-def lookalikes() -> dict[str, str]:
-    """Non-ASCII letter → the ASCII letter or digit it can be mistaken for (Unicode's confusables table)."""
-    # Loaded on first need: the table is a megabyte, and plain English never asks for it.
+def tables() -> Tables:
+    # What is not assigned, or for private use, stands for itself and is spelt as a blank: no entry needed.
+    living = [code for code in range(_CODE_POINTS) if unicodedata.category(chr(code)) not in ("Cn", "Co")]
+    clean = {code: clean_character(chr(code)) for code in living}
+    change = np.zeros(_CODE_POINTS, dtype=np.uint8)
+    for code, reading in clean.items():
+        if reading != chr(code):
+            change[code] = CHANGES.index(_change(code, reading))
+    return Tables(
+        clean=Table({code: reading for code, reading in clean.items() if reading != chr(code)}, None),
+        latin=Table({code: latin_character(chr(code)) for code in living}, ord(" ")),
+        change=change,
+        twin=_twins(),
+        letter=_marked(code for code in living if chr(code).isalnum() and not chr(code).isdecimal()),
+    )
+
+
+def _marked(codes: Iterable[int]) -> NDArray[np.bool_]:
+    marks = np.zeros(_CODE_POINTS, dtype=np.bool_)
+    marks[list(codes)] = True
+    return marks
+
+
+def _change(code: int, reading: str) -> str:
+    if 0xE0000 <= code <= 0xE007F:
+        return "tag_characters"
+    if 0x202A <= code <= 0x202E or 0x2066 <= code <= 0x2069 or code in (0x200E, 0x200F, 0x061C):
+        return "bidi"
+    if not reading:
+        return "zero_width" if unicodedata.category(chr(code)) != "Cc" else "control_characters"
+    # Typographic forms (…, ½, a no-break space) are no disguise; letters and digits in other clothes are.
+    return "nfkc" if reading.isascii() and reading.isalnum() else ""
+
+
+def _twins() -> NDArray[np.uint8]:
+    # Imported when the tables are built, and not before: its data is a megabyte of JSON.
     from confusable_homoglyphs.confusables import confusables_data
 
-    table: dict[str, str] = {}
-    for char, twins in confusables_data.items():
+    twins = np.zeros(_CODE_POINTS, dtype=np.uint8)
+    for char, others in confusables_data.items():
         if len(char) != 1 or char.isascii() or not char.isalpha():
             continue
-        for twin in twins:
-            if len(twin["c"]) == 1 and twin["c"].isascii() and twin["c"].isalnum():
-                table[char] = twin["c"]
+        for other in others:
+            if len(other["c"]) == 1 and other["c"].isascii() and other["c"].isalnum():
+                twins[ord(char)] = ord(other["c"])
                 break
-    return table
-
-
-_LETTERS: Final = re.compile(r"[^\W\d_]+")
+    return twins
 
 
 def fold_lookalikes(text: str) -> str:
@@ -144,31 +216,48 @@ def fold_lookalikes(text: str) -> str:
     """
     if text.isascii():
         return text
-    twins = lookalikes()
-    if twins.keys().isdisjoint(text):
+    codes = codes_of(text)
+    twins = tables().twin[codes]
+    if not twins.any():
         return text
-    table = str.maketrans(twins)
-    known: dict[str, str] = {}
-    ascii_letters = len(text.encode("ascii", "ignore").translate(None, _NO_LETTERS))
-    words = set(_LETTERS.findall(text))
-    mixed_words = sum(not word.isascii() and not _LATIN_LETTERS.isdisjoint(word) for word in words)
-    suspicious = ascii_letters * 2 > len(text) or mixed_words >= _SEVERAL
+    letters = tables().letter[codes]
+    starts, ends = runs(letters)
+    latin = letters & (codes < 128)
+    foreign = letters & (codes >= 128)
+    with_latin, with_foreign = holds(latin, starts, ends), holds(foreign, starts, ends)
+    mixed = with_latin & with_foreign
+    folded = mixed
+    if latin.sum() * 2 > len(text) or _are_several(text, starts[mixed], ends[mixed]):
+        folded = mixed | (with_foreign & ~holds(foreign & (twins == 0), starts, ends))
+    inside = np.zeros(len(codes), dtype=np.bool_)
+    inside[letters] = np.repeat(folded, ends - starts)
+    return text_of(np.where(inside & (twins != 0), twins, codes))
 
-    def fold(match: re.Match[str]) -> str:
-        word = match[0]
-        if word.isascii():
-            return word
-        if (reading := known.get(word)) is None:
-            reading = folded = word.translate(table)
-            mixed = not _LATIN_LETTERS.isdisjoint(word)
-            if not mixed and not (suspicious and folded.isascii()):
-                reading = word
-            known[word] = reading
-        return reading
 
-    return _LETTERS.sub(fold, text)
+def runs(marks: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Where each run of True starts, and where it ends (exclusive)."""
+    padded = np.zeros(len(marks) + 2, dtype=np.bool_)
+    padded[1:-1] = marks
+    edges = np.flatnonzero(padded[1:] != padded[:-1])
+    return edges[::2], edges[1::2]
+
+
+def holds(marks: NDArray[np.bool_], starts: NDArray[np.int64], ends: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Whether there is a True in each [start, end)."""
+    before = np.concatenate([[0], np.cumsum(marks, dtype=np.int32)])
+    found: NDArray[np.bool_] = before[ends] > before[starts]
+    return found
+
+
+def _are_several(text: str, starts: NDArray[np.int64], ends: NDArray[np.int64]) -> bool:
+    words = set()
+    for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
+        words.add(text[start:end])
+        if len(words) >= _SEVERAL:
+            return True
+    return False
 
 
 def spell(text: str) -> str:
     """The text as a model with an English vocabulary reads it: look-alikes folded, then every character spelt in ASCII."""
-    return text if text.isascii() else fold_lookalikes(text).translate(LATIN)
+    return text if text.isascii() else text_of(tables().latin.read(codes_of(fold_lookalikes(text)))[0])

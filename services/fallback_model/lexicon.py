@@ -3,11 +3,35 @@
 from __future__ import annotations
 
 import math
+import string
 from collections.abc import Iterable
 from typing import Final
 
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers.models import Unigram
+
+from services.fallback_model.characters import codes_of
+
 LONGEST_WORD: Final = 18
 _UNKNOWN_COST: Final = 12.0
+NO_LETTER: Final = 26
+_ROT13: Final = [*range(13, 26), *range(13), NO_LETTER]
+
+Letters = NDArray[np.uint8]
+Likelihoods = NDArray[np.float32]
+
+
+def letter_numbers(text: str) -> Letters:
+    """For each character 0 to 25 for a letter of ASCII, large or small, and 26 (`NO_LETTER`) for anything else."""
+    numbers: Letters = np.minimum((codes_of(text) | 0x20) - np.uint32(ord("a")), np.uint32(NO_LETTER)).astype(np.uint8)
+    return numbers
+
+
+def pairs_of(numbers: Letters) -> NDArray[np.int16]:
+    """Each letter number with the next one, as an index into a table of 27 x 27; one less than there are letters."""
+    pairs: NDArray[np.int16] = numbers[:-1].astype(np.int16) * (NO_LETTER + 1) + numbers[1:]
+    return pairs
 
 
 class Lexicon:
@@ -20,9 +44,23 @@ class Lexicon:
         self.words: frozenset[str] = frozenset(ranked)
         # Zipf's law: the frequency of a word falls with its rank, so a word costs about the logarithm of its rank. Rare entries
         # of two letters in a subword vocabulary are mostly not words at all.
-        self._cost = {
+        costs = {
             word: math.log(rank + 10) + (3.0 if len(word) == 2 and rank > 1500 else 0.0) for rank, word in enumerate(ranked)
         } | {"a": 4.0, "i": 4.0}
+        letters = dict.fromkeys(string.ascii_lowercase, _UNKNOWN_COST)
+        self._segmenter = Unigram([(word, -cost) for word, cost in (letters | costs).items()])
+        self._segmenter._resize_cache(0)  # it would keep what it has seen of texts
+
+        # How letters follow each other in English words, which is much like other languages in the same letters, and unlike what
+        # ciphers make of any.
+        counts = np.bincount(pairs_of(letter_numbers(f" {' '.join(sorted(self.words))} ")), minlength=(NO_LETTER + 1) ** 2)
+        counts = counts.reshape(NO_LETTER + 1, NO_LETTER + 1) + 1
+        likelihoods = np.log(counts / counts.sum(axis=1, keepdims=True)).astype(np.float32)
+        likelihoods[NO_LETTER, NO_LETTER] = 0.0
+        self.likelihoods: Likelihoods = likelihoods.ravel()
+        """By pair of letters, in nats; 0 for a pair of no letters."""
+        self.rot13_likelihoods: Likelihoods = likelihoods[np.ix_(_ROT13, _ROT13)].ravel()
+        self.reversed_likelihoods: Likelihoods = likelihoods.T.ravel()
 
     @classmethod
     def of_vocabulary(cls, vocabulary: dict[str, int]) -> Lexicon:
@@ -37,25 +75,19 @@ class Lexicon:
                 words.append(word.lower())
         return cls(words)
 
-    def share(self, words: list[str]) -> float:
-        """The share of `words` (lower case) that are known, 0 for none."""
-        return sum(word in self.words for word in words) / len(words) if words else 0.0
+    def likeness(self, words: list[str]) -> list[float]:
+        """The mean likelihood, in nats, of the pairs of letters of each word; the words are of ASCII letters."""
+        if not words:
+            return []
+        likelihoods = self.likelihoods[pairs_of(letter_numbers(f" {' '.join(words)} "))]
+        # A word has a pair more than letters: with the blank before it, and with the one after it.
+        pairs = np.fromiter(map(len, words), dtype=np.int64, count=len(words)) + 1
+        means: list[float] = (np.add.reduceat(likelihoods, np.cumsum(pairs) - pairs) / pairs).tolist()
+        return means
 
     def segment(self, letters: str) -> list[str]:
-        """The likeliest words that `letters` (lower case, no spaces) is made of; linear time in its length.
+        """The likeliest words that `letters` (lower case ASCII, no spaces) is made of; linear time in its length.
 
-        A unigram model with Zipf costs, solved by dynamic programming; a letter that fits no word stands alone.
+        A unigram model with Zipf costs; a letter that fits no word stands alone.
         """
-        best = [0.0] + [math.inf] * len(letters)
-        back = [0] * (len(letters) + 1)
-        for end in range(1, len(letters) + 1):
-            for start in range(max(0, end - LONGEST_WORD), end):
-                cost = self._cost.get(letters[start:end], _UNKNOWN_COST if end - start == 1 else math.inf)
-                if best[start] + cost < best[end]:
-                    best[end], back[end] = best[start] + cost, start
-        words: list[str] = []
-        end = len(letters)
-        while end:
-            words.append(letters[back[end] : end])
-            end = back[end]
-        return words[::-1]
+        return [token.value for token in self._segmenter.tokenize(letters)]

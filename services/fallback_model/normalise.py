@@ -13,20 +13,19 @@ from __future__ import annotations
 import base64
 import binascii
 import codecs
-import itertools
+import functools
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Any, Final
 from urllib.parse import unquote_to_bytes
 
 import numpy as np
 from numpy.typing import NDArray
 
-from services.fallback_model.characters import CLEAN, LATIN, fold_lookalikes
-from services.fallback_model.lexicon import Lexicon
+from services.fallback_model.characters import CHANGES, Codes, codes_of, fold_lookalikes, holds, runs, tables, text_of
+from services.fallback_model.lexicon import NO_LETTER, Lexicon, letter_numbers, pairs_of
 
 MOST_NESTING: Final = 2
 MOST_FRAGMENTS: Final = 256
@@ -80,22 +79,19 @@ def normalise(text: str, lexicon: Lexicon, *, spelt: bool) -> Normalised:
     cleaned, starts = _clean(text, found)
     folded = fold_lookalikes(cleaned)
     if folded != cleaned:
-        found["confusables"] = sum(map(str.__ne__, folded, cleaned))
+        found["confusables"] = int((codes_of(folded) != codes_of(cleaned)).sum())
     views = [_whole(folded, starts, spelt, ())]
     if folded != cleaned:
         views.append(replace(_whole(cleaned, starts, spelt, ()), disguised=True))
-    complete, room = True, len(text) + SPARE_CHARACTERS
-    for piece in _fragments(folded, lexicon, MOST_NESTING):
-        if len(views) > MOST_FRAGMENTS or len(piece.text) > room:
-            complete = False
-            break
-        room -= len(piece.text)
+    bounds = _Bounds(len(text) + SPARE_CHARACTERS)
+    for piece in _fragments(folded, lexicon, MOST_NESTING, bounds):
         found.update(piece.transforms)
         first, last = piece.start, piece.end - 1
         region = (first, last + 1) if starts is None else (int(starts[first]), int(starts[last]) + 1)
         inner = _whole(fold_lookalikes(piece.text), None, spelt, piece.transforms)
         views.append(View(inner.text, region=region, transforms=piece.transforms, disguised=piece.disguised))
-    return Normalised([view for index, view in enumerate(views) if index == 0 or view.text.strip()], dict(found), complete)
+    kept = [view for index, view in enumerate(views) if index == 0 or view.text.strip()]
+    return Normalised(kept, dict(found), not bounds.reached)
 
 
 # --- the whole text --------------------------------------------------------------------------------------------------------
@@ -108,52 +104,47 @@ def _clean(text: str, found: Counter[str]) -> tuple[str, Offsets | None]:
     """Compatibility forms and invisible characters undone; the offsets are None where nothing moved."""
     if text.isascii() and not _CONTROL.search(text):
         return text, None
-    pieces = [CLEAN[ord(char)] for char in text]
-    cleaned = "".join(pieces)
-    if cleaned == text:
+    codes = codes_of(text)
+    cleaned, lengths = tables().clean.read(codes)
+    if lengths is None and np.array_equal(cleaned, codes):
         return text, None
-    for char, number in Counter(text).items():
-        if CLEAN[ord(char)] != char and (name := _name_of_change(char)) is not None:
-            found[name] += number
-    if len(cleaned) == len(text) and "" not in pieces:
-        return cleaned, None
-    return cleaned, _spread(pieces, None)
+    changes = np.bincount(tables().change[codes], minlength=len(CHANGES)).tolist()
+    found.update({name: number for name, number in zip(CHANGES, changes, strict=True) if name and number})
+    return text_of(cleaned), None if lengths is None else _spread(lengths, None)
 
 
-def _name_of_change(char: str) -> str | None:
-    code, reading = ord(char), CLEAN[ord(char)]
-    if 0xE0000 <= code <= 0xE007F:
-        return "tag_characters"
-    if 0x202A <= code <= 0x202E or 0x2066 <= code <= 0x2069 or code in (0x200E, 0x200F, 0x061C):
-        return "bidi"
-    if not reading:
-        return "zero_width" if unicodedata.category(char) != "Cc" else "control_characters"
-    # Typographic forms (…, ½, a no-break space) are no disguise; letters and digits in other clothes are.
-    return "nfkc" if reading.isascii() and reading.isalnum() else None
+def _spread(lengths: Offsets, starts: Offsets | None) -> Offsets:
+    """Offsets after character i became lengths[i] characters, on top of the offsets from before."""
+    return np.repeat(np.arange(len(lengths), dtype=np.int32) if starts is None else starts, lengths)
 
 
-def _spread(pieces: list[str], starts: Offsets | None) -> Offsets:
-    """Offsets after character i became pieces[i], on top of the offsets from before."""
-    lengths = np.fromiter(map(len, pieces), dtype=np.int32, count=len(pieces))
-    source = np.arange(len(pieces), dtype=np.int32) if starts is None else starts
-    return np.repeat(source, lengths)
-
-
-_LONG_RUN: Final = re.compile(r"[a-zA-Z]{81}")
-_RUN_PIECE: Final = re.compile(r"([a-zA-Z]{60})(?=[a-zA-Z])")
+_LONGEST_RUN: Final = 80
+_RUN_PIECE: Final = 60
 
 
 def _whole(text: str, starts: Offsets | None, spelt: bool, transforms: tuple[str, ...]) -> View:
     if not spelt or text.isascii():
         return View(text, starts, transforms=transforms)
-    pieces = [LATIN[ord(char)] for char in text]
-    spelling, starts = "".join(pieces), _spread(pieces, starts)
-    if _LONG_RUN.search(spelling):
+    spelling, lengths = tables().latin.read(codes_of(text))
+    if lengths is not None:
+        starts = _spread(lengths, starts)
+    cuts = _cuts(spelling)
+    if len(cuts):
         # Scripts without spaces become words that no tokenizer takes (over a hundred letters is [UNK]): cut them.
-        cuts = np.fromiter((match.end() for match in _RUN_PIECE.finditer(spelling)), dtype=np.int64)
-        starts = np.insert(starts, cuts, starts[cuts])
-        spelling = _RUN_PIECE.sub(r"\1 ", spelling)
-    return View(spelling, starts, transforms=transforms)
+        starts = np.arange(len(spelling), dtype=np.int32) if starts is None else starts
+        spelling, starts = np.insert(spelling, cuts, ord(" ")), np.insert(starts, cuts, starts[cuts])
+    return View(text_of(spelling), starts, transforms=transforms)
+
+
+def _cuts(codes: Codes) -> NDArray[np.int64]:
+    """Where runs of ASCII letters are to be cut for none to be too long; nowhere, where none is."""
+    starts, ends = runs(letter_numbers(text_of(codes)) < NO_LETTER)
+    if not (ends - starts > _LONGEST_RUN).any():
+        return np.empty(0, dtype=np.int64)
+    pieces = (ends - starts - 1) // _RUN_PIECE
+    nth = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces) + 1
+    cuts: NDArray[np.int64] = np.repeat(starts, pieces) + nth * _RUN_PIECE
+    return cuts
 
 
 # --- fragments -------------------------------------------------------------------------------------------------------------
@@ -170,14 +161,52 @@ class _Piece:
     disguised: bool = False
 
 
-def _fragments(text: str, lexicon: Lexicon, nesting: int) -> Iterator[_Piece]:
+@dataclass
+class _Bounds:
+    """How much may still be decoded. `reached`: there was more than that."""
+
+    characters: int
+    fragments: int = MOST_FRAGMENTS
+    reached: bool = False
+
+    def take(self, characters: int) -> bool:
+        """False, for good, from the first fragment on that there is no room for."""
+        if self.fragments == 0 or characters > self.characters:
+            self.reached = True
+        else:
+            self.fragments -= 1
+            self.characters -= characters
+        return not self.reached
+
+
+def _fragments(text: str, lexicon: Lexicon, nesting: int, bounds: _Bounds, within: str = "") -> Iterator[_Piece]:
+    """`within`: how `text` itself was decoded."""
+    source = _Source(text, lexicon)
     for name, find in _FINDERS:
-        for start, end, decoded in find(text, lexicon):
-            inner = list(_fragments(decoded, lexicon, nesting - 1)) if nesting > 1 else []
+        if name in _NOT_WITHIN.get(within, ()):
+            continue
+        for start, end, decoded in find(source):
+            if not bounds.take(len(decoded)):
+                return
+            inner = list(_fragments(decoded, lexicon, nesting - 1, bounds, name)) if nesting > 1 else []
             further = sum(piece.end - piece.start for piece in inner if len(piece.transforms) == 1)
             yield _Piece(start, end, decoded, (name,), disguised=further * 2 > len(decoded))
             for piece in inner:
                 yield _Piece(start, end, piece.text, (name, *piece.transforms), piece.disguised)
+            if bounds.reached:
+                return
+
+
+class _Source:
+    """A text in which fragments are looked for, and what more than one finder needs to know of it."""
+
+    def __init__(self, text: str, lexicon: Lexicon) -> None:
+        self.text = text
+        self.lexicon = lexicon
+
+    @functools.cached_property
+    def chunks(self) -> _Chunks:
+        return _chunks(self.text, self.lexicon)
 
 
 Found = Iterator[tuple[int, int, str]]
@@ -206,15 +235,18 @@ def _from_bytes(data: bytes) -> str | None:
     return decoded if _is_text(decoded) else None
 
 
+_SHORTEST_BLOB: Final = 8
+"""Fewer characters of base64 are less than six bytes, which `_is_text` takes for nothing."""
 _BASE64: Final = re.compile(r"[A-Za-z0-9+/_-]{16,}(?:\r?\n[A-Za-z0-9+/_-]{4,})*={0,2}")
 
 
-def _base64(text: str, _: Lexicon) -> Found:
-    for match in _BASE64.finditer(text):
+def _base64(source: _Source) -> Found:
+    for match in _BASE64.finditer(source.text):
         blob = match[0]
         if blob.isalpha() and (blob.islower() or blob.isupper()):
             continue
-        candidates = [blob] if "\n" not in blob else ["".join(blob.split()), *blob.split()]
+        lines = blob.split()
+        candidates = [blob] if len(lines) == 1 else ["".join(lines), *(line for line in lines if len(line) >= _SHORTEST_BLOB)]
         for candidate in candidates:
             decoded = _decode_base64(candidate)
             if decoded is not None:
@@ -233,25 +265,31 @@ def _decode_base64(blob: str) -> str | None:
 
 
 _HEX: Final = re.compile(r"(?:(?:0x|\\x)?[0-9a-fA-F]{2}[ ,:;\n-]{0,2}){8,}")
+_HEX_STRETCH: Final = re.compile(r"[0-9a-fA-Fx\\ ,:;\n-]{16,}")  # what a run stands in; found much faster
 _HEX_PAIR: Final = re.compile(r"(?:0x|\\x)?([0-9a-fA-F]{2})")
 
 
-def _hex(text: str, _: Lexicon) -> Found:
-    for match in _HEX.finditer(text):
-        decoded = _from_bytes(bytes.fromhex("".join(_HEX_PAIR.findall(match[0]))))
-        if decoded is not None:
-            yield match.start(), match.end(), decoded
+def _hex(source: _Source) -> Found:
+    for stretch in _HEX_STRETCH.finditer(source.text):
+        for match in _HEX.finditer(source.text, *stretch.span()):
+            decoded = _from_bytes(bytes.fromhex("".join(_HEX_PAIR.findall(match[0]))))
+            if decoded is not None:
+                yield match.start(), match.end(), decoded
 
 
 _ESCAPED: Final = re.compile(r"(?:%[0-9a-fA-F]{2}[^\s%]{0,200}){2,}")
-_BEFORE_ESCAPE: Final = re.compile(r"\S{0,200}\Z")
+_MOST_BEFORE_ESCAPE: Final = 200
 
 
-def _url(text: str, _: Lexicon) -> Found:
+def _url(source: _Source) -> Found:
+    text = source.text
+    if "%" not in text:
+        return
     for match in _ESCAPED.finditer(text):
         start = match.start()
-        if lead := _BEFORE_ESCAPE.search(text[max(0, start - 200) : start]):
-            start -= len(lead[0])
+        before = text[max(0, start - _MOST_BEFORE_ESCAPE) : start]
+        if before and not before[-1].isspace():
+            start -= len(before.split()[-1])
         decoded = _from_bytes(unquote_to_bytes(text[start : match.end()].replace("+", " ")))
         if decoded is not None:
             yield start, match.end(), decoded
@@ -277,11 +315,11 @@ _CODE: Final = re.compile(
 _BASES: Final = (16, 10, 16, 16, 16, 10, 8, 2, 10)
 
 
-def _codes(text: str, _: Lexicon) -> Found:
+def _codes(source: _Source) -> Found:
     for certain, sign, run in _CODES:
-        if not sign.search(text):
+        if not sign.search(source.text):
             continue
-        for match in run.finditer(text):
+        for match in run.finditer(source.text):
             chars = []
             for code in _CODE.finditer(match[0]):
                 group = code.lastindex or 1
@@ -292,168 +330,245 @@ def _codes(text: str, _: Lexicon) -> Found:
                 yield match.start(), match.end(), decoded
 
 
-_CHUNK: Final = re.compile(r"[^.!?\n]{1,200}[.!?\n]*")
-_WORD: Final = re.compile(r"[A-Za-z]{3,}")
-_LETTER: Final = re.compile(r"[a-z]")
+_CHUNK: Final = re.compile(r"[^.!?:\n]{1,200}[.!?:\n]*")
+_STOPS: Final = ".!?:\n"
+_LEAST_GAIN: Final = 12.0
+_LEAST_MEAN_GAIN: Final = 0.3
+_LEAST_MEAN: Final = -3.2
+"""How much likelier, in nats, the letters of a chunk must be deciphered than as they stand: in all, and by pair of letters; and
+how likely they must then be. English has -2.5 by pair, other languages in the same letters -3, letters drawn at random -4.4."""
 
 
-def _gains_vowels(ciphered: str, plain: str) -> bool:
-    """True where deciphering brings the vowels, about two letters in five in any language, back from one in five.
-
-    For languages that the lexicon does not know, in plain ASCII: where a vowel has an accent it is not counted.
-    """
-    letters = len(_LETTER.findall(plain))
-    if letters < 20 or not ciphered.isascii():
-        return False
-    before, after = (sum(map(text.lower().count, "aeiou")) / letters for text in (ciphered, plain))
-    return before < 0.27 and after > 0.33
+Sums = NDArray[np.float64]
 
 
-def _enciphered(cipher: Callable[[str], str], *, by_vowels: bool) -> Callable[[str, Lexicon], Found]:
-    """Finds the pieces that hold few English words as they stand, and mostly English words once deciphered."""
+@dataclass(frozen=True)
+class _Chunks:
+    """Pieces of about a sentence, [starts, ends) in characters, and which of them are to be read how."""
 
-    def find(text: str, lexicon: Lexicon) -> Found:
-        whole: tuple[int, int] | None = None
-        for match in _CHUNK.finditer(text):
-            words = _WORD.findall(match[0].lower())
-            known = lexicon.share(words)
-            if len(words) >= 3 and known < 0.5:
-                plain = cipher(match[0]).lower()
-                read = lexicon.share(_WORD.findall(plain))
-                # The request to decode often stands in the same sentence, in plain words.
-                if read > known + 0.15 or (by_vowels and known < 0.3 and _gains_vowels(match[0], plain)):
-                    if whole and match.end() - whole[0] <= _FRAGMENT_CHARACTERS and match.start() - whole[1] < 3:
-                        whole = (whole[0], match.end())
-                        continue
-                    if whole:
-                        yield *whole, cipher(text[slice(*whole)])
-                    whole = (match.start(), match.end())
+    starts: NDArray[np.int64]
+    ends: NDArray[np.int64]
+    rot13: NDArray[np.bool_]
+    reversed: NDArray[np.bool_]
+
+
+def _chunks(text: str, lexicon: Lexicon) -> _Chunks:
+    """Finds the pieces whose letters follow each other as in words once deciphered, and do not as they stand."""
+    lengths = np.array([*map(len, _CHUNK.findall(text))], dtype=np.int64)
+    ends = np.cumsum(lengths) + len(text) - len(text.lstrip(_STOPS))
+    starts = ends - lengths
+    if not len(starts):
+        none = np.empty(0, dtype=np.bool_)
+        return _Chunks(starts, ends, none, none)
+    numbers = letter_numbers(f"{text} ")
+    pairs = pairs_of(numbers)
+    number = _sums((numbers[:-1] < NO_LETTER) | (numbers[1:] < NO_LETTER), starts)
+    tables = (lexicon.likelihoods, lexicon.rot13_likelihoods, lexicon.reversed_likelihoods)
+    plain, turned, backwards = (_sums(likelihoods[pairs], starts) for likelihoods in tables)
+    rot13 = turned >= backwards
+    return _Chunks(starts, ends, _enciphered(plain, turned, number) & rot13, _enciphered(plain, backwards, number) & ~rot13)
+
+
+def _sums(values: NDArray[Any], starts: NDArray[np.int64]) -> Sums:
+    """The sum from each start up to the next."""
+    sums: Sums = np.add.reduceat(values, starts, dtype=np.float64)
+    return sums
+
+
+def _enciphered(plain: Sums, deciphered: Sums, pairs: Sums) -> NDArray[np.bool_]:
+    """The chunks that gain enough, and those beside them that gain anything or hold no letters to tell by."""
+    gain = deciphered - plain
+    sure = (gain >= _LEAST_GAIN) & (gain >= _LEAST_MEAN_GAIN * pairs) & (deciphered >= _LEAST_MEAN * pairs)
+    if not sure.any():
+        return sure
+    likely: NDArray[np.bool_] = sure | (gain > 0) | (pairs == 0)
+    first, last = runs(likely)
+    with_sure = holds(sure, first, last)
+    likely[likely] = np.repeat(with_sure, last - first)
+    return likely
+
+
+def _joined_chunks(chunks: _Chunks, wanted: NDArray[np.bool_]) -> Iterator[tuple[int, int]]:
+    """Where the wanted chunks stand, neighbours put together."""
+    whole: tuple[int, int] | None = None
+    for start, end in zip(chunks.starts[wanted].tolist(), chunks.ends[wanted].tolist(), strict=True):
+        if whole and end - whole[0] <= _FRAGMENT_CHARACTERS and start == whole[1]:
+            whole = (whole[0], end)
+            continue
         if whole:
-            yield *whole, cipher(text[slice(*whole)])
+            yield whole
+        whole = (start, end)
+    if whole:
+        yield whole
 
-    return find
+
+def _rot13(source: _Source) -> Found:
+    for start, end in _joined_chunks(source.chunks, source.chunks.rot13):
+        yield start, end, codecs.encode(source.text[start:end], "rot13")
+
+
+def _reversed(source: _Source) -> Found:
+    for start, end in _joined_chunks(source.chunks, source.chunks.reversed):
+        yield start, end, source.text[start:end][::-1]
 
 
 # Single characters between blanks, whatever they are; or single letters and digits between other signs.
 _SPACED: Final = re.compile(
     r"(?<!\S)(?:[^\s][ \t]{1,4}){4,}[^\s](?!\S)|(?<![^\W_])(?:[^\W_][ \t._*|~·-]{1,4}){4,}[^\W_](?![^\W_])"
 )
-_GAP: Final = re.compile(r"[ \t._*|~·-]+")
+_GAP_SIGNS: Final = " \t._*|~·-"
+_GAP: Final = re.compile(rf"[{_GAP_SIGNS}]+")
 _BLANKS: Final = re.compile(r"[ \t]+")
 
 
-def _spaced(text: str, lexicon: Lexicon) -> Found:
+def _spaced(source: _Source) -> Found:
     """Letters set apart: `i g n o r e   a l l`; without wider gaps between the words, the lexicon finds where they end."""
-    for match in _SPACED.finditer(text):
+    for match in _SPACED.finditer(source.text):
         run = match[0]
-        between = _BLANKS if len(run[1:].lstrip(" \t")) < len(run) - 1 else _GAP
-        gaps = Counter(gap[0] for gap in between.finditer(run))
+        between, signs = (_BLANKS, " \t") if run[1] in " \t" else (_GAP, _GAP_SIGNS)
+        without_gaps = dict.fromkeys(map(ord, signs))
+        gaps = Counter(between.findall(run))
         usual = gaps.most_common(1)[0][0]
         wide = [gap for gap in gaps if len(gap) > len(usual)]
-        letters = between.sub("", run)
+        letters = run.translate(without_gaps)
         if wide:
             pattern = "|".join(re.escape(gap) for gap in sorted(wide, key=len, reverse=True))
-            decoded = " ".join(between.sub("", word) for word in re.split(pattern, run))
+            decoded = re.sub(pattern, "\n", run).translate(without_gaps).replace("\n", " ")
         elif letters.isascii() and letters.isalpha():
-            decoded = " ".join(lexicon.segment(letters.lower()))
+            decoded = " ".join(source.lexicon.segment(letters.lower()))
         else:
             decoded = letters
         yield match.start(), match.end(), decoded
 
 
-_JOINED: Final = re.compile(r"(?<![A-Za-z])[A-Za-z]{24,2000}(?![A-Za-z])")
+_JOINED: Final = re.compile(r"[A-Za-z]{24,}+")
+_LONGEST_JOINED: Final = 2_000
 
 
-def _joined(text: str, lexicon: Lexicon) -> Found:
+def _joined(source: _Source) -> Found:
     """Words run together: `ignoreallpreviousinstructions`."""
-    for match in _JOINED.finditer(text):
-        words = lexicon.segment(match[0].lower())
+    for match in _JOINED.finditer(source.text):
+        if len(match[0]) > _LONGEST_JOINED:
+            continue
+        words = source.lexicon.segment(match[0].lower())
         if sum(len(word) for word in words if len(word) > 2) >= 0.7 * len(match[0]):
             yield match.start(), match.end(), " ".join(words)
 
 
 _LEET: Final = str.maketrans("013456789@$!|+€", "oieasgtbgasilte")
 _LEET_L: Final = str.maketrans("013456789@$!|+€", "oleasgtbgasilte")
-_LEET_MARKS: Final = frozenset("013456789@$!|+€")
-_EDGES: Final = ".,;:?\"'`()]}[{<>*_#-"
+_LEET_MARKS: Final = "013456789@$!|+€"
+_LEET_CHUNK: Final = re.compile(r"[^\n]{1,160}+[^\s]{0,40}+[ \n]?")  # possessive: a chunk is never given back
+# What stands between words: blanks and punctuation, but for the signs that are letters in leetspeak.
+_LEET_WORD: Final = re.compile(r"""([^\s_"#%&()*,./:;<=>?\[\\\]^`{}~\u00a1-\u00bf\u2000-\u206f\u3000-\u303f-]+)""")
+_LEET_SIGNS: Final = frozenset(_LEET_MARKS)
+_NO_LETTERS: Final = f"'27{_LEET_MARKS}"
+_LEET_MARK: Final = re.compile(f"[{_LEET_MARKS}]")
+# Signs and letters change place at least three times: `1n57ruc710n`, but not `abc123` or `v1`.
+_ALTERNATING: Final = re.compile("(?:L++M++L++M|M++L++M++L)".replace("L", r"[^\W\d_]").replace("M", _LEET_MARK.pattern))
+# Hexadecimal numbers and ordinals happen to spell words.
+_NUMBER: Final = re.compile(r"[0-9a-fA-F]+|[^a-zA-Z]*\d(?:st|nd|rd|th)", re.IGNORECASE)
+_LEAST_LIKENESS: Final = -3.2
+"""Words of the lexicon have a likeness of -2.4 on average, letters drawn at random one of -4."""
 
 
-def _leet(text: str, lexicon: Lexicon) -> Found:
-    """Words with digits and signs for letters, where what they spell is an English word."""
-    if _LEET_MARKS.isdisjoint(text):
+@dataclass(frozen=True)
+class _LeetWords:
+    """What words with digits and signs for letters spell. `hits`: those that say by themselves that this is leetspeak.
+
+    `known`: what they spell where that is a word, or like one; bare numbers may be (`70` is `to`). `guessed`: the others.
+    """
+
+    known: dict[str, str]
+    hits: set[str]
+    guessed: dict[str, str]
+
+    def read(self, parts: list[str], hits: int) -> str:
+        """The text that `parts`, words and what is between them, make up; there are `hits` among them."""
+        read = [self.known.get(part, part) for part in parts]
+        # Where most words that may be in leetspeak are, take the others to be as well.
+        if hits > 2 and hits > sum(map(self.guessed.__contains__, parts)):
+            read = [self.guessed.get(part, part) for part in read]
+        return "".join(read)
+
+
+def _leet(source: _Source) -> Found:
+    """Stretches with at least two words in which digits and signs stand for letters."""
+    leet = _unleet(source.text, source.lexicon)
+    if not leet.hits:
         return
     whole: tuple[int, int, int] | None = None
-    pieces: list[str] = []
-    known: dict[str, str | None] = {}
-    for chunk in _LEET_CHUNK.finditer(text):
-        hits = 0
-        decoded = []
-        for token in chunk[0].split(" "):
-            if token not in known:
-                known[token] = _unleet(token, lexicon)
-            word = known[token]
-            # A bare number may be a word (`70` is `to`), but only among others that are.
-            hits += word is not None and len(word) > 2 and not token.strip(_EDGES).isdigit()
-            decoded.append(token if word is None else word)
+    parts: list[str] = []
+    for chunk in _LEET_CHUNK.finditer(source.text):
+        split = _LEET_WORD.split(chunk[0])
+        hits = sum(map(leet.hits.__contains__, split))
         if not hits:
             continue
         if whole and chunk.end() - whole[0] <= _FRAGMENT_CHARACTERS and chunk.start() - whole[1] < 3:
+            parts += [source.text[whole[1] : chunk.start()], *split]
             whole = (whole[0], chunk.end(), whole[2] + hits)
-            pieces.append(" ".join(decoded))
             continue
         if whole and whole[2] >= 2:
-            yield whole[0], whole[1], " ".join(pieces)
-        whole, pieces = (chunk.start(), chunk.end(), hits), [" ".join(decoded)]
+            yield whole[0], whole[1], leet.read(parts, whole[2])
+        whole, parts = (chunk.start(), chunk.end(), hits), split
     if whole and whole[2] >= 2:
-        yield whole[0], whole[1], " ".join(pieces)
+        yield whole[0], whole[1], leet.read(parts, whole[2])
 
 
-_LEET_CHUNK: Final = re.compile(r"[^\n]{1,160}+[^\s]{0,40}+[ \n]?")  # possessive: a chunk is never given back
+def _unleet(text: str, lexicon: Lexicon) -> _LeetWords:
+    found = _LeetWords({}, set(), {})
+    words, bare = [], []
+    for word in set(_LEET_WORD.findall(text)):
+        if word.isalpha() or _LEET_SIGNS.isdisjoint(word):
+            continue
+        core = word.lstrip("'").rstrip("!'")
+        if core.isalpha() or not 0 < len(core) <= 40 or (len(core) > 5 and core.isdigit()):
+            continue
+        words.append(word)
+        bare.append(core)
+    if not bare:
+        return found
+    # All at once, one a line: a translation costs little more for a text than for a word.
+    lower = "\n".join(bare).lower()
+    readings = [lower.translate(table).split("\n") for table in (_LEET, _LEET_L)]
+    unknown = []
+    for word, core, as_i, as_l in zip(words, bare, *readings, strict=True):
+        stem, apostrophe, ending = as_i.partition("'")
+        for reading in (stem, as_l.partition("'")[0]):
+            if reading in lexicon.words or (reading.endswith("s") and reading[:-1] in lexicon.words):
+                found.known[word] = word.replace(core, reading + apostrophe + ending)
+                if len(reading) > 2 and not _NUMBER.fullmatch(core) and core.strip(_NO_LETTERS):
+                    found.hits.add(word)
+                break
+        else:
+            if stem.isascii() and stem.isalpha() and core.strip(_NO_LETTERS):
+                unknown.append((word, core, stem, apostrophe + ending))
+    for (word, core, stem, ending), likeness in zip(unknown, lexicon.likeness([each[2] for each in unknown]), strict=True):
+        reading = word.replace(core, stem + ending)
+        # Not a known word, yet letters and digits alternate as in no number or name, and spell what may be one.
+        if len(stem) >= 5 and likeness >= _LEAST_LIKENESS and _ALTERNATING.match(core):
+            found.known[word] = reading
+            found.hits.add(word)
+        else:
+            found.guessed[word] = reading
+    return found
 
 
-def _unleet(token: str, lexicon: Lexicon) -> str | None:
-    if token.isalpha() or _LEET_MARKS.isdisjoint(token):
-        return None
-    core = token.strip(_EDGES)
-    bare = core.rstrip("!")
-    if bare.isalpha() or not 0 < len(bare) <= 40 or (bare.isdigit() and len(bare) > 5):
-        return None
-    lower, apostrophe, ending = bare.lower().partition("'")
-    ending = apostrophe + ending.translate(_LEET)
-    for table in (_LEET, _LEET_L):
-        word = lower.translate(table)
-        if word.isalpha() and (word in lexicon.words or (word.endswith("s") and word[:-1] in lexicon.words)):
-            return token.replace(bare, word + ending)
-    word = lower.translate(_LEET)
-    # Not a known word, yet letters and digits alternate as no number or name does: still worth a reading.
-    digits = sum(char in _LEET_MARKS for char in bare)
-    if word.isalpha() and len(word) >= 5 and not bare.isdigit() and 0.2 <= digits / len(bare) <= 0.8 and _alternates(bare):
-        return token.replace(bare, word + ending)
-    return None
-
-
-def _alternates(word: str) -> bool:
-    """True where signs and letters change place at least three times: `1n57ruc710n`, but not `abc123` or `v1`."""
-    kinds = [char.isalpha() for char in word]
-    return sum(a != b for a, b in itertools.pairwise(kinds)) >= 3
-
-
-def _rot13(text: str) -> str:
-    return codecs.encode(text, "rot13")
-
-
-def _reverse(text: str) -> str:
-    return text[::-1]
-
-
-_FINDERS: Final[tuple[tuple[str, Callable[[str, Lexicon], Found]], ...]] = (
+_FINDERS: Final[tuple[tuple[str, Callable[[_Source], Found]], ...]] = (
     ("base64", _base64),
     ("hex", _hex),
     ("char_codes", _codes),
     ("url", _url),
     ("spaced_letters", _spaced),
     ("leetspeak", _leet),
-    ("rot13", _enciphered(_rot13, by_vowels=True)),
-    ("reversed", _enciphered(_reverse, by_vowels=False)),
+    ("rot13", _rot13),
+    ("reversed", _reversed),
     ("joined_words", _joined),
 )
+# What is not looked for in a fragment. In leetspeak only words become others, so what else is encoded there has been found in the
+# text around it; and a cipher of its own reverse gives the text back.
+_NOT_WITHIN: Final = {
+    "leetspeak": frozenset({"base64", "hex", "char_codes", "url", "spaced_letters", "leetspeak"}),
+    "rot13": frozenset({"rot13"}),
+    "reversed": frozenset({"reversed"}),
+}
