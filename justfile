@@ -63,7 +63,7 @@ check: _development
 eval *arguments: _evaluation
     @PYTHONPATH="{{ justfile_directory() }}" exec "{{ justfile_directory() }}/{{ python }}" -m services.fallback_model.eval "$@"
 
-# Load on the running stack, closed loop at 1, 8 and 32 callers; see bench --help
+# Load on the running stack, closed loop at 1, 8 and 32 callers; see bench --help. Or the normaliser's times: bench normaliser
 [no-exit-message]
 bench *arguments: _runtime
     @exec {{ python }} -m tests.bench "$@"

@@ -57,10 +57,20 @@ class Lexicon:
         counts = counts.reshape(NO_LETTER + 1, NO_LETTER + 1) + 1
         likelihoods = np.log(counts / counts.sum(axis=1, keepdims=True)).astype(np.float32)
         likelihoods[NO_LETTER, NO_LETTER] = 0.0
-        self.likelihoods: Likelihoods = likelihoods.ravel()
-        """By pair of letters, in nats; 0 for a pair of no letters."""
-        self.rot13_likelihoods: Likelihoods = likelihoods[np.ix_(_ROT13, _ROT13)].ravel()
-        self.reversed_likelihoods: Likelihoods = likelihoods.T.ravel()
+        self._likelihoods: Likelihoods = likelihoods.ravel()
+        letter = np.arange(NO_LETTER + 1) < NO_LETTER
+        self.pair_evidence: Likelihoods = np.stack(
+            [
+                likelihoods,
+                likelihoods[np.ix_(_ROT13, _ROT13)],
+                likelihoods.T,
+                letter[:, None] | letter,
+                letter[:, None] & letter,
+            ],
+            axis=-1,
+        ).reshape(-1, 5)
+        """By pair of letters: its likelihood in nats as it stands, deciphered by rot13, and backwards, 0 for a pair of no
+        letters; then 1 where one of the pair is a letter, and 1 where both are."""
 
     @classmethod
     def of_vocabulary(cls, vocabulary: dict[str, int]) -> Lexicon:
@@ -79,7 +89,7 @@ class Lexicon:
         """The mean likelihood, in nats, of the pairs of letters of each word; the words are of ASCII letters."""
         if not words:
             return []
-        likelihoods = self.likelihoods[pairs_of(letter_numbers(f" {' '.join(words)} "))]
+        likelihoods = self._likelihoods[pairs_of(letter_numbers(f" {' '.join(words)} "))]
         # A word has a pair more than letters: with the blank before it, and with the one after it.
         pairs = np.fromiter(map(len, words), dtype=np.int64, count=len(words)) + 1
         means: list[float] = (np.add.reduceat(likelihoods, np.cumsum(pairs) - pairs) / pairs).tolist()

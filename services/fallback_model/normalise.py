@@ -18,7 +18,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Final
 from urllib.parse import unquote_to_bytes
 
 import numpy as np
@@ -338,6 +338,10 @@ _LEAST_MEAN: Final = -3.2
 """How much likelier, in nats, the letters of a chunk must be deciphered than as they stand: in all, and by pair of letters; and
 how likely they must then be. English has -2.5 by pair, other languages in the same letters -3, letters drawn at random -4.4."""
 
+_LEAST_INNER: Final = 0.1
+_FEWEST_INNER: Final = 4
+"""The share of pairs with a letter that must be of two letters, and their number; words have 0.6, and in leetspeak fewer."""
+
 
 Sums = NDArray[np.float64]
 
@@ -360,25 +364,21 @@ def _chunks(text: str, lexicon: Lexicon) -> _Chunks:
     if not len(starts):
         none = np.empty(0, dtype=np.bool_)
         return _Chunks(starts, ends, none, none)
-    numbers = letter_numbers(f"{text} ")
-    pairs = pairs_of(numbers)
-    number = _sums((numbers[:-1] < NO_LETTER) | (numbers[1:] < NO_LETTER), starts)
-    tables = (lexicon.likelihoods, lexicon.rot13_likelihoods, lexicon.reversed_likelihoods)
-    plain, turned, backwards = (_sums(likelihoods[pairs], starts) for likelihoods in tables)
+    starts[0] = 0  # the stops that a text begins with go with the first: backwards they end it
+    evidence = np.add.reduceat(lexicon.pair_evidence[pairs_of(letter_numbers(f"{text} "))], starts, dtype=np.float64)
+    plain, turned, backwards, number, inner = evidence.T
+    # Single letters between signs, as in `\\u0041`, are no words of anything.
+    wordy = (inner >= _LEAST_INNER * number) & (inner >= _FEWEST_INNER)
     rot13 = turned >= backwards
-    return _Chunks(starts, ends, _enciphered(plain, turned, number) & rot13, _enciphered(plain, backwards, number) & ~rot13)
+    return _Chunks(
+        starts, ends, _enciphered(plain, turned, number, wordy) & rot13, _enciphered(plain, backwards, number, wordy) & ~rot13
+    )
 
 
-def _sums(values: NDArray[Any], starts: NDArray[np.int64]) -> Sums:
-    """The sum from each start up to the next."""
-    sums: Sums = np.add.reduceat(values, starts, dtype=np.float64)
-    return sums
-
-
-def _enciphered(plain: Sums, deciphered: Sums, pairs: Sums) -> NDArray[np.bool_]:
+def _enciphered(plain: Sums, deciphered: Sums, pairs: Sums, wordy: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """The chunks that gain enough, and those beside them that gain anything or hold no letters to tell by."""
     gain = deciphered - plain
-    sure = (gain >= _LEAST_GAIN) & (gain >= _LEAST_MEAN_GAIN * pairs) & (deciphered >= _LEAST_MEAN * pairs)
+    sure = wordy & (gain >= _LEAST_GAIN) & (gain >= _LEAST_MEAN_GAIN * pairs) & (deciphered >= _LEAST_MEAN * pairs)
     if not sure.any():
         return sure
     likely: NDArray[np.bool_] = sure | (gain > 0) | (pairs == 0)
@@ -417,12 +417,15 @@ _SPACED: Final = re.compile(
     r"(?<!\S)(?:[^\s][ \t]{1,4}){4,}[^\s](?!\S)|(?<![^\W_])(?:[^\W_][ \t._*|~·-]{1,4}){4,}[^\W_](?![^\W_])"
 )
 _GAP_SIGNS: Final = " \t._*|~·-"
+_SET_APART: Final = re.compile(rf"[{_GAP_SIGNS}]\S[{_GAP_SIGNS}]{{1,4}}\S[{_GAP_SIGNS}]")  # found faster, and in every run
 _GAP: Final = re.compile(rf"[{_GAP_SIGNS}]+")
 _BLANKS: Final = re.compile(r"[ \t]+")
 
 
 def _spaced(source: _Source) -> Found:
     """Letters set apart: `i g n o r e   a l l`; without wider gaps between the words, the lexicon finds where they end."""
+    if not _SET_APART.search(source.text):
+        return
     for match in _SPACED.finditer(source.text):
         run = match[0]
         between, signs = (_BLANKS, " \t") if run[1] in " \t" else (_GAP, _GAP_SIGNS)
@@ -517,6 +520,8 @@ def _leet(source: _Source) -> Found:
 
 def _unleet(text: str, lexicon: Lexicon) -> _LeetWords:
     found = _LeetWords({}, set(), {})
+    if not _LEET_MARK.search(text):
+        return found
     words, bare = [], []
     for word in set(_LEET_WORD.findall(text)):
         if word.isalpha() or _LEET_SIGNS.isdisjoint(word):
@@ -565,10 +570,10 @@ _FINDERS: Final[tuple[tuple[str, Callable[[_Source], Found]], ...]] = (
     ("reversed", _reversed),
     ("joined_words", _joined),
 )
-# What is not looked for in a fragment. In leetspeak only words become others, so what else is encoded there has been found in the
-# text around it; and a cipher of its own reverse gives the text back.
+# What is not looked for in a fragment. In leetspeak only words become others, and rot13 leaves numbers as they are, so what else
+# is encoded there has been found in the text around it; and a cipher that undoes itself gives the text back.
 _NOT_WITHIN: Final = {
     "leetspeak": frozenset({"base64", "hex", "char_codes", "url", "spaced_letters", "leetspeak"}),
-    "rot13": frozenset({"rot13"}),
+    "rot13": frozenset({"char_codes", "rot13"}),
     "reversed": frozenset({"reversed"}),
 }

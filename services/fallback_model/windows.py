@@ -63,5 +63,8 @@ def characters(encoding: Encoding, window: Window) -> tuple[int, int]:
     """The characters [start, end) of the encoded text that a window covers; (0, 0) for a window of no tokens."""
     if window.first == window.last:
         return 0, 0
-    offsets = encoding.offsets
-    return offsets[window.first][0], offsets[window.last - 1][1]
+    # Token by token: `encoding.offsets` makes a list of all of them each time, which for every window would be quadratic.
+    first, last = encoding.token_to_chars(window.first), encoding.token_to_chars(window.last - 1)
+    assert first is not None
+    assert last is not None
+    return first[0], last[1]
