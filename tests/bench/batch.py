@@ -96,30 +96,38 @@ def median(values: list[float]) -> float:
     return sorted(values)[len(values) // 2]
 
 
-def alone(batch: list[str]) -> tuple[float, int]:
-    """Texts a second of onnxruntime alone, and in batches of how many tokens it reached that."""
-    threads = processors.usable()
-    model = Model(DEFAULT_MODEL, threads, 1)
-    rows = sorted((row for text in batch for row in model.prepare(text).rows), key=len)
-    best = (0.0, 0)
-    with ThreadPoolExecutor(threads) as pool:
-        for tokens in BATCH_TOKENS:
-            batches: list[list[Any]] = [[]]
-            for row in rows:
-                if batches[-1] and len(row) * (len(batches[-1]) + 1) > tokens:
-                    batches.append([])
-                batches[-1].append(row)
-            free = list(model.sessions)
+class Alone:
+    """onnxruntime and nothing else, on as many threads as there are processors."""
 
-            def run(one: list[Any], free: list[Any] = free) -> None:
-                session = free.pop()
-                session.run(one)
-                free.append(session)
+    def __init__(self) -> None:
+        threads = processors.usable()
+        self._model = Model(DEFAULT_MODEL, threads, 1)
+        self._pool = ThreadPoolExecutor(threads)
 
-            began = time.perf_counter()
-            list(pool.map(run, batches))
-            best = max(best, (len(batch) / (time.perf_counter() - began), tokens))
-    return best
+    def rows(self, batch: list[str]) -> list[Any]:
+        """What the network is given, sorted by length; preparing it is not counted."""
+        return sorted((row for text in batch for row in self._model.prepare(text).rows), key=len)
+
+    def seconds(self, rows: list[Any], tokens: int) -> float:
+        """Seconds that `rows` take in batches of at most so many tokens, padding included."""
+        batches: list[list[Any]] = [[]]
+        for row in rows:
+            if batches[-1] and len(row) * (len(batches[-1]) + 1) > tokens:
+                batches.append([])
+            batches[-1].append(row)
+        free = list(self._model.sessions)
+
+        def run(one: list[Any]) -> None:
+            session = free.pop()
+            session.run(one)
+            free.append(session)
+
+        began = time.perf_counter()
+        list(self._pool.map(run, batches))
+        return time.perf_counter() - began
+
+    def close(self) -> None:
+        self._pool.shutdown()
 
 
 class Memory:
@@ -162,22 +170,24 @@ async def first_result(gateway: Gateway, show: Callable[..., None]) -> None:
 
 
 async def throughput(gateway: Gateway, show: Callable[..., None], count: int) -> None:
-    batch = made(count)
-    reached, tokens = await asyncio.to_thread(alone, batch)
-    for way, ask in (("NDJSON", gateway.upload), ("1 000 a list", None)):
-        began = time.perf_counter()
-        if ask is not None:
-            await ask(batch)
-        else:
-            for start in range(0, count, 1000):
-                await gateway.listed(batch[start : start + 1000])
-        rate = count / (time.perf_counter() - began)
-        show(
-            f"texts/s, {way}",
-            f"{rate:.0f}",
-            f"onnxruntime alone: {reached:.0f} (batches of {tokens} tokens)",
-            f"{100 * rate / reached:.0f} %",
-        )
+    """In rounds of a thousand texts, each measured in every way: what else the machine does falls on all of them alike."""
+    alone = await asyncio.to_thread(Alone)
+    probe = await asyncio.to_thread(alone.rows, made(500))
+    tokens = min(BATCH_TOKENS, key=lambda tokens: alone.seconds(probe, tokens))
+    ways = {"NDJSON": gateway.upload, "a list": gateway.listed}
+    spent: dict[str, list[float]] = {name: [] for name in (*ways, "alone")}
+    for _ in range(max(1, count // 1000)):
+        batch = made(1000)
+        rows = await asyncio.to_thread(alone.rows, batch)
+        spent["alone"].append(await asyncio.to_thread(alone.seconds, rows, tokens))
+        for name, ask in ways.items():
+            spent[name].append((await ask(batch))[1] / 1000)
+    alone.close()
+    reached = 1000 / median(spent["alone"])
+    for name in ways:
+        share = median([mine / ours for mine, ours in zip(spent["alone"], spent[name], strict=True)])
+        against = f"onnxruntime alone: {reached:.0f} (batches of {tokens} tokens)"
+        show(f"texts/s, {name}", f"{1000 / median(spent[name]):.0f}", against, f"{100 * share:.0f} %")
 
 
 async def memory(gateway: Gateway, show: Callable[..., None], lines: int) -> None:
@@ -258,7 +268,7 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--url", default=f"http://127.0.0.1:{port}", help="where the gateway is (default: %(default)s)")
     parser.add_argument("--parts", nargs="+", choices=every, default=every)
-    parser.add_argument("--texts", type=int, default=3000, help="for the throughput (default: 3000)")
+    parser.add_argument("--texts", type=int, default=3000, help="for the throughput, in rounds of 1000 (default: 3000)")
     parser.add_argument("--lines", type=int, default=100_000, help="of the long upload (default: 100000)")
     parser.add_argument("--seconds", type=float, default=15.0, help="of single detections, each time (default: 15)")
     chosen = parser.parse_args(arguments)
@@ -276,5 +286,5 @@ def main(arguments: list[str]) -> int:
     except (aiohttp.ClientError, BenchError) as error:
         print(f"bench: {error}; is the stack running (./run status)?", file=sys.stderr)
         return 1
-    Console(highlight=False).print(table)
+    Console(highlight=False, width=None if sys.stdout.isatty() else 130).print(table)
     return 0
