@@ -106,6 +106,69 @@ class AdmittedDetect(Message, frozen=True):
     cost: Annotated[int, Meta(ge=1)] = 1
 
 
+# --- many texts ----------------------------------------------------------------------------------------------------------
+
+
+MAX_ITEMS_PER_MESSAGE = 64
+"""Texts that one message on the bus carries; a message is also bounded in bytes, by the server's `max_payload`."""
+
+
+class AdmissionRequest(Message, frozen=True):
+    """edge → auth: units for many texts, which then go straight to the proxy. All of `cost` is taken, or nothing."""
+
+    credential: Credential
+    cost: Annotated[int, Meta(ge=1)]
+
+
+class AuthenticatedAdmission(Message, frozen=True):
+    """auth → limiter. `partial`: take as much of `cost` as there is room for."""
+
+    principal: Principal
+    cost: Annotated[int, Meta(ge=1)]
+    partial: bool = False
+
+
+class Admission(Message, frozen=True):
+    """The limiter's answer: `granted` units were taken from the key's limits (0 only where the request was `partial`)."""
+
+    principal: Principal
+    granted: int
+    rate: RateState
+
+
+class TakeRequest(Message, frozen=True):
+    """jobs → auth: up to `cost` units of the limits of a key that is known by its id alone, for work accepted earlier."""
+
+    key_id: str
+    cost: Annotated[int, Meta(ge=1)]
+
+
+class DetectItems(Message, frozen=True):
+    """edge or jobs → detector_proxy: texts whose units have been taken. Answered by `ItemResults`, in the same order.
+
+    `rate_degraded`: the limiter ran without Redis when it admitted them. `threshold` None: that of the model which answers.
+    """
+
+    key_id: str
+    texts: Annotated[
+        tuple[Annotated[str, Meta(min_length=1, max_length=MAX_TEXT_CHARACTERS)], ...],
+        Meta(min_length=1, max_length=MAX_ITEMS_PER_MESSAGE),
+    ]
+    threshold: Probability | None = None
+    detailed: bool = False
+    rate_degraded: bool = False
+
+
+class ModelItems(Message, frozen=True):
+    """detector_proxy → a worker of a pool; answered by `ModelItemResults`, in the same order. Done after interactive work."""
+
+    texts: Annotated[
+        tuple[Annotated[str, Meta(min_length=1, max_length=MAX_TEXT_CHARACTERS)], ...],
+        Meta(min_length=1, max_length=MAX_ITEMS_PER_MESSAGE),
+    ]
+    detailed: bool = False
+
+
 class Coverage(Message, frozen=True):
     """What was read of a text. `truncated`: some of it was not."""
 
@@ -370,6 +433,30 @@ class ErrorBody(Message, frozen=True):
     detail: str
     retry_after: int | None = None
     fields: tuple[FieldError, ...] = ()
+
+
+class ItemResult(Message, frozen=True):
+    """What became of one text of many: a verdict, or why there is none. Never both, never neither."""
+
+    verdict: Verdict | None = None
+    error: ErrorBody | None = None
+
+
+class ItemResults(Message, frozen=True):
+    """The proxy's answer to `DetectItems`."""
+
+    results: tuple[ItemResult, ...]
+
+
+class ModelItemResult(Message, frozen=True):
+    result: ModelResult | None = None
+    error: ErrorBody | None = None
+
+
+class ModelItemResults(Message, frozen=True):
+    """A worker's answer to `ModelItems`."""
+
+    results: tuple[ModelItemResult, ...]
 
 
 class Reply(Message, frozen=True):

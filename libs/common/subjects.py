@@ -11,6 +11,15 @@ DETECT_REQUEST = "detect.v1.request"
 DETECT_AUTHENTICATED = "detect.v1.authenticated"
 DETECT_ADMITTED = "detect.v1.admitted"
 
+# Many texts. Their units are taken first (edge → auth → limiter, which answers an `Admission`), at once or not at all; then they
+# go straight to the proxy, several in a message, on a subject of their own: interactive requests have theirs, and go first.
+BATCH_REQUEST = "batch.v1.request"
+BATCH_AUTHENTICATED = "batch.v1.authenticated"
+BATCH_ITEMS = "batch.v1.items"
+# The same for work that was accepted earlier (jobs → auth → limiter): the key is known by its id, and as much is taken as there
+# is room for.
+BATCH_TAKE = "batch.v1.take"
+
 # Keys. A registration passes the limiter first (it is limited per address), then auth.
 REGISTER_REQUEST = "account.v1.register.request"
 REGISTER_ADMITTED = "account.v1.register.admitted"
@@ -76,6 +85,11 @@ def model_pool(pool: str) -> str:
     return f"model.v1.{pool}"
 
 
+def model_pool_batch(pool: str) -> str:
+    """The subject on which the workers of `pool` take many texts at a time."""
+    return f"model.v1.{pool}.batch"
+
+
 def inbox(service: str, instance: str) -> str:
     """The private inbox of one process of `service`; its answers arrive below it."""
     return f"{INBOX_PREFIX}.{service}.{instance}"
@@ -107,6 +121,8 @@ PERMISSIONS: dict[str, Permissions] = {
         "edge",
         publish=(
             DETECT_REQUEST,
+            BATCH_REQUEST,
+            BATCH_ITEMS,
             REGISTER_REQUEST,
             ACCOUNT_PROFILE,
             ACCOUNT_ROTATE,
@@ -126,6 +142,7 @@ PERMISSIONS: dict[str, Permissions] = {
         "auth",
         publish=(
             DETECT_AUTHENTICATED,
+            BATCH_AUTHENTICATED,
             ACCOUNT_ANSWERED,
             BREAKERS_RESET,
             EVENT_KEY_CHANGED,
@@ -137,6 +154,8 @@ PERMISSIONS: dict[str, Permissions] = {
         ),
         subscribe=(
             DETECT_REQUEST,
+            BATCH_REQUEST,
+            BATCH_TAKE,
             REGISTER_ADMITTED,
             ACCOUNT_PROFILE,
             ACCOUNT_ROTATE,
@@ -153,12 +172,12 @@ PERMISSIONS: dict[str, Permissions] = {
     "limiter": _service(
         "limiter",
         publish=(DETECT_ADMITTED, REGISTER_ADMITTED),
-        subscribe=(DETECT_AUTHENTICATED, REGISTER_REQUEST, ACCOUNT_ANSWERED),
+        subscribe=(DETECT_AUTHENTICATED, BATCH_AUTHENTICATED, REGISTER_REQUEST, ACCOUNT_ANSWERED),
     ),
     "detector_proxy": _service(
         "detector_proxy",
-        publish=("model.v1.*", USAGE_RECORDED, EVENT_BREAKER_CHANGED, POOL_PING),
-        subscribe=(DETECT_ADMITTED, BREAKERS_LIST, BREAKERS_RESET, EVENT_BREAKER_CHANGED),
+        publish=("model.v1.*", "model.v1.*.batch", USAGE_RECORDED, EVENT_BREAKER_CHANGED, POOL_PING),
+        subscribe=(DETECT_ADMITTED, BATCH_ITEMS, BREAKERS_LIST, BREAKERS_RESET, EVENT_BREAKER_CHANGED),
     ),
-    "fallback_model": _service("fallback_model", publish=(), subscribe=("model.v1.*",)),
+    "fallback_model": _service("fallback_model", publish=(), subscribe=("model.v1.*", "model.v1.*.batch")),
 }
