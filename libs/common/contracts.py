@@ -468,7 +468,7 @@ JobState = Literal["open", "queued", "running", "done", "failed", "cancelled"]
 
 MAX_JOB_APPEND = 256
 """Items of one `JobAppend`; it is also bounded in bytes, by the server's `max_payload`."""
-MAX_ITEM_ID_CHARACTERS = 128
+MAX_ITEM_ID_CHARACTERS = 256
 
 JobId = Annotated[str, Meta(pattern="^[0-9a-f]{28}$")]
 ItemId = Annotated[str, Meta(max_length=MAX_ITEM_ID_CHARACTERS)]
@@ -569,6 +569,7 @@ class JobStatus(Message, frozen=True):
     malicious: int
     failed: int
     created_at: str
+    detailed: bool = False
     items_per_second: float | None = None
     estimated_end_at: str | None = None
     started_at: str | None = None
