@@ -9,7 +9,7 @@ from services.jobs.app import parts
 from services.jobs.settings import Settings
 
 if len(sys.argv) > 1:
-    from services.jobs import command
+    from services.jobs.command import main
 
-    raise SystemExit(command.main(sys.argv[1:]))
+    raise SystemExit(main(sys.argv[1:]))
 service.run("jobs", Settings, parts)

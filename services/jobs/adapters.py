@@ -148,6 +148,7 @@ class JetStream:
             await stream.add_consumer(
                 JOB_HOOKS_STREAM,
                 api.ConsumerConfig(
+                    name=HOOKS_CONSUMER,
                     durable_name=HOOKS_CONSUMER,
                     ack_policy=api.AckPolicy.EXPLICIT,
                     ack_wait=self.settings.webhook_timeout_seconds + 20,
@@ -334,6 +335,7 @@ class JetStreamQueues:
             await self._stream.api.add_consumer(
                 JOB_ITEMS_STREAM,
                 api.ConsumerConfig(
+                    name=_consumer(key_id, job_id),
                     durable_name=_consumer(key_id, job_id),
                     filter_subject=job_subject(key_id, job_id, "items"),
                     ack_policy=api.AckPolicy.EXPLICIT,
