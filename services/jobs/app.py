@@ -70,11 +70,11 @@ async def parts(bus: Bus, settings: Settings) -> AsyncIterator[None]:
     async with AsyncExitStack() as stack:
         sender = await stack.enter_async_context(webhooks.sending(settings))
         deliverer = webhooks.Deliverer(webhooks.JetStreamHooks(stream), records, sender, bus.clock, settings.webhook_attempts)
-        for work in (runner.run(), deliverer.run()):
-            task = asyncio.create_task(work)
-            stack.push_async_callback(tasks.end, task)
-            # While the connection is still there: what was stored can be acknowledged, and the rest given back.
-            bus.on_drained.append(partial(tasks.end, task))
+        running, delivering = asyncio.create_task(runner.run()), asyncio.create_task(deliverer.run())
+        stack.push_async_callback(tasks.end, running)
+        stack.push_async_callback(tasks.end, delivering)
+        # While the connection is still there: what is in hand can be finished, and the rest given back.
+        bus.on_drained += [partial(runner.finish, running), partial(tasks.end, delivering)]
         yield
 
 

@@ -12,7 +12,7 @@ import logging
 import random
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from prometheus_client import Counter, Gauge
@@ -44,6 +44,8 @@ MOST_CHARACTERS = 32_000
 """Of one message, unless a single text is longer: half a second of a worker's time."""
 MAX_RESULT_BYTES = 900_000
 """So that a page of results holds at least one."""
+STOP_SECONDS = 3.0
+"""How long messages in hand may take when the process is about to stop."""
 ABANDONED_SECONDS = 3600.0
 """A submission that has not been completed by then is given up."""
 PAUSE_SECONDS = (0.2, 5.0)
@@ -60,6 +62,14 @@ class Pace:
     message_items: int
     keep_seconds: float
     max_run_ms: int
+
+
+@dataclass(slots=True)
+class _Hand:
+    """What one turn has in hand. `used`: units of the key's limits that went into results."""
+
+    held: set[Delivery] = field(default_factory=set)
+    used: int = 0
 
 
 class Runner:
@@ -93,16 +103,27 @@ class Runner:
         self._counted_at: dict[str, float] = {}
         self._changed = asyncio.Event()
         self._look = asyncio.Event()
+        self._stopping = False
 
     def kick(self) -> None:
         self._look.set()
 
     async def run(self) -> None:
-        """For ever."""
-        async with asyncio.TaskGroup() as group:
-            group.create_task(self._keep_looking())
-            for _ in range(self._pace.slots):
-                group.create_task(self._keep_working())
+        """Until `finish`."""
+        looking = asyncio.create_task(self._keep_looking())
+        try:
+            async with asyncio.TaskGroup() as group:
+                for _ in range(self._pace.slots):
+                    group.create_task(self._keep_working())
+        finally:
+            await tasks.end(looking)
+
+    async def finish(self, task: asyncio.Task[None]) -> None:
+        """End `task`, which is `run`: take no more, and give what is in hand some time."""
+        self._stopping = True
+        self._changed.set()
+        await asyncio.wait({task}, timeout=STOP_SECONDS)
+        await tasks.end(task)
 
     # --- what there is to do ---------------------------------------------------------------------------------------------
 
@@ -220,7 +241,7 @@ class Runner:
     # --- work ------------------------------------------------------------------------------------------------------------
 
     async def _keep_working(self) -> None:
-        while True:
+        while not self._stopping:
             worked = False
             turn = self._schedule.take(self._clock.monotonic(), self._pace.message_items)
             if turn is not None:
@@ -229,7 +250,7 @@ class Runner:
                     worked = await self._guarded(self.turn(key_id, job_id, most), "running a job") is True
                 finally:
                     self._schedule.done(key_id, job_id)
-            if not worked:
+            if not worked and not self._stopping:
                 self._changed.clear()
                 with suppress(TimeoutError):
                     async with asyncio.timeout(LOOK_SECONDS / 2):
@@ -243,17 +264,21 @@ class Runner:
         units, degraded = await self._units(record, most)
         if not units:
             return False
-        unused = units
+        hand = _Hand()
         try:
-            deliveries = await self._queues.fetch(key_id, job_id, units)
-            if not deliveries:
+            hand.held |= set(await self._queues.fetch(key_id, job_id, units))
+            if not hand.held:
                 self._schedule.drop(key_id, job_id)  # until the next look
                 return False
             if record.state == "queued":
                 await self._start(record)
-            unused -= await self._process(record, deliveries, degraded)
+            await self._process(record, hand, degraded)
         finally:
-            self._purse.put(key_id, unused, self._clock.monotonic())
+            self._purse.put(key_id, units - hand.used, self._clock.monotonic())
+            # Whatever ended this early, somebody else can go on at once.
+            with suppress(PortcullisError):
+                for delivery in hand.held:
+                    await delivery.give_back(PAUSE_SECONDS[0])
         return True
 
     async def _units(self, record: JobRecord, most: int) -> tuple[int, bool]:
@@ -296,31 +321,22 @@ class Runner:
                 self._records, kept, lambda each: core.started(each, now_ms) if each.state == "queued" else each
             )
 
-    async def _process(self, record: JobRecord, deliveries: Sequence[Delivery], degraded: bool) -> int:
-        """Judge items, and store their results. How many units that has used."""
-        held = set(deliveries)
-        keeping = asyncio.create_task(self._keep(held))
-        used = 0
+    async def _process(self, record: JobRecord, hand: _Hand, degraded: bool) -> None:
+        """Judge the items in hand, and store their results."""
+        keeping = asyncio.create_task(self._keep(hand))
         try:
-            todo: list[Delivery] = []
-            for delivery in deliveries:
-                if delivery.redelivered and await self._results.has(record.key_id, record.job_id, delivery.index):
+            for delivery in [delivery for delivery in hand.held if delivery.redelivered]:
+                if await self._results.has(record.key_id, record.job_id, delivery.index):
                     # Whoever had it before has stored its result and could not say so.
                     await delivery.done()
-                    held.discard(delivery)
-                else:
-                    todo.append(delivery)
-            groups = self._groups(record, todo)
-            done = await asyncio.gather(
-                *(self._message(record, group, degraded, held) for group in groups), return_exceptions=True
-            )
-            used = sum(each for each in done if isinstance(each, int))
-            for each in done:
-                if isinstance(each, BaseException):
-                    raise each
+                    hand.held.discard(delivery)
+            async with asyncio.TaskGroup() as group:
+                for message in self._groups(record, sorted(hand.held, key=lambda delivery: delivery.index)):
+                    group.create_task(self._message(record, message, degraded, hand))
+        except* PortcullisError as errors:
+            raise errors.exceptions[0] from None
         finally:
             await tasks.end(keeping)
-        return used
 
     def _groups(self, record: JobRecord, deliveries: Sequence[Delivery]) -> list[list[Delivery]]:
         """By message: suspects alone, the others together as far as they fit."""
@@ -334,21 +350,23 @@ class Runner:
             begin += size
         return groups
 
-    async def _message(self, record: JobRecord, group: list[Delivery], degraded: bool, held: set[Delivery]) -> int:
-        """One message to the proxy, and what comes of it. How many units it has used."""
+    async def _message(self, record: JobRecord, group: list[Delivery], degraded: bool, hand: _Hand) -> None:
+        """One message to the proxy, and what comes of it."""
         results = await self._judged(record, group, degraded)
-        outcomes = await asyncio.gather(
+        settled = await asyncio.gather(
             *(
                 self._settle(record, delivery, result, alone=len(group) == 1)
                 for delivery, result in zip(group, results, strict=True)
             ),
             return_exceptions=True,
         )
-        held.difference_update(group)
-        for outcome in outcomes:
+        for delivery, has_result in zip(group, settled, strict=True):
+            if isinstance(has_result, bool):
+                hand.held.discard(delivery)
+                hand.used += has_result
+        for outcome in settled:
             if isinstance(outcome, BaseException):
                 raise outcome
-        return sum(outcome is True for outcome in outcomes)
 
     async def _judged(self, record: JobRecord, group: list[Delivery], degraded: bool) -> list[ItemResult | PortcullisError]:
         readable = [delivery for delivery in group if delivery.item is not None]
@@ -431,12 +449,12 @@ class Runner:
         await self._results.store(record.key_id, record.job_id, stored)
         ITEMS.labels("failed").inc()
 
-    async def _keep(self, held: set[Delivery]) -> None:
+    async def _keep(self, hand: _Hand) -> None:
         """Tell the queue that work goes on, so that nobody else is given the same."""
         while True:
             await self._sleep(self._pace.keep_seconds)
             with suppress(PortcullisError):
-                for delivery in list(held):
+                for delivery in list(hand.held):
                     await delivery.keep()
 
     # --- what they share -------------------------------------------------------------------------------------------------
