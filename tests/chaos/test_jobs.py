@@ -30,8 +30,8 @@ VICTIMS = ("fallback_model", "detector_proxy", "limiter", "auth", "nats", "edge"
 SECONDS_PER_ITEM = 0.2
 """What an item may take at most on a slow machine whose processes are killed all the time; and a while for the beginning."""
 PATIENCE_SECONDS = 180.0
-CONFIDENCE_TOLERANCE = 0.02
-"""The network's numbers are quantised by batch, so that an item's confidence depends a little on its neighbours'."""
+CONFIDENCE_TOLERANCE = 1e-6
+"""The release's results do not depend on the batch; what is left is the order of additions."""
 
 _WORDS = (
     "please summarise the minutes of our meeting about the museum budget and send them to Anna "
