@@ -12,6 +12,7 @@ from libs.common.contracts import (
     BreakerStatus,
     Coverage,
     DayUsage,
+    JobState,
     Probability,
     Scope,
     Span,
@@ -52,6 +53,138 @@ class DetectAnswer(Struct, frozen=True, kw_only=True):
     spans: tuple[Span, ...] | UnsetType = UNSET
     transforms: tuple[Transform, ...] | UnsetType = UNSET
     timings: dict[str, float] | UnsetType = UNSET
+
+
+class FieldProblem(Struct, frozen=True):
+    """`field`: a path such as `config.confidence_threshold`, or the name of a header."""
+
+    field: str
+    message: str
+
+
+ItemId = Annotated[str, Meta(max_length=256)]
+
+
+class BatchItem(Struct, frozen=True):
+    """One text of many. `id` is the caller's own name for it; it comes back with the result and need not be unique."""
+
+    text: Annotated[str, Meta(min_length=1, max_length=MAX_TEXT_CHARACTERS)]
+    id: ItemId | None = None
+
+
+WebhookUrl = Annotated[
+    str,
+    Meta(min_length=1, max_length=2000, description="http or https, at a public address", extra_json_schema={"format": "uri"}),
+]
+
+
+class Webhook(Struct, frozen=True):
+    url: WebhookUrl
+
+
+class BatchBody(Struct, frozen=True):
+    """`webhook`, of a job (`Prefer: respond-async`): where to say that it is over."""
+
+    requests: Annotated[tuple[BatchItem, ...], Meta(min_length=1, max_length=1000)]
+    config: DetectConfig | None = None
+    webhook: Webhook | None = None
+
+
+class ItemProblem(Struct, frozen=True, kw_only=True):
+    """Why an item has no verdict, or why a stream ends early. `code` is what the `type` of a `Problem` ends with."""
+
+    code: str
+    title: str
+    status: int
+    detail: str
+    errors: tuple[FieldProblem, ...] | UnsetType = UNSET
+    retry_after: int | UnsetType = UNSET
+
+
+class BatchLine(Struct, frozen=True, kw_only=True):
+    """What became of one item: the verdict, as a single detection's, or `error`. `index` counts the items from 0.
+
+    The fields after `coverage` are there with `detailed_response` only; times are in milliseconds.
+    """
+
+    index: int
+    id: str | None
+    is_malicious: bool | UnsetType = UNSET
+    confidence: Probability | UnsetType = UNSET
+    threat_types: tuple[ThreatType, ...] | UnsetType = UNSET
+    endpoint: str | UnsetType = UNSET
+    degraded: bool | UnsetType = UNSET
+    coverage: Coverage | UnsetType | None = UNSET
+    reason: str | UnsetType | None = UNSET
+    spans: tuple[Span, ...] | UnsetType = UNSET
+    transforms: tuple[Transform, ...] | UnsetType = UNSET
+    timings: dict[str, float] | UnsetType = UNSET
+    error: ItemProblem | UnsetType = UNSET
+
+
+class BatchSummary(Struct, frozen=True, kw_only=True):
+    """The last line. `total` = `malicious` + `benign` + `failed`; `degraded`: how many verdicts are.
+
+    Not `complete`: the items from `next_index` on were neither judged nor charged, for the reason in `error`.
+    """
+
+    total: int
+    malicious: int
+    benign: int
+    failed: int
+    degraded: int
+    complete: bool
+    processing_time_ms: float
+    next_index: int | UnsetType = UNSET
+    error: ItemProblem | UnsetType = UNSET
+
+
+class BatchAnswer(Struct, frozen=True):
+    """All results in the order of asking."""
+
+    results: tuple[BatchLine, ...]
+    summary: BatchSummary
+
+
+class JobWebhook(Struct, frozen=True):
+    """`secret`: what its requests are signed with (https://www.standardwebhooks.com); in the answer to the submission only."""
+
+    url: str
+    secret: str | UnsetType = UNSET
+
+
+class JobAnswer(Struct, frozen=True, kw_only=True):
+    """A job. `total` items, `done` of which have a result: `malicious` verdicts, benign ones, and `failed`, which have none.
+
+    `items_per_second`: over the last minute or two, of a job that is over its average. `reason`: why it failed.
+    """
+
+    id: str
+    state: JobState
+    total: int
+    done: int
+    malicious: int
+    failed: int
+    items_per_second: float | None
+    estimated_end_at: Timestamp | None
+    created_at: Timestamp
+    started_at: Timestamp | None
+    finished_at: Timestamp | None
+    reason: str | None
+    webhook: JobWebhook | None
+
+
+class JobsAnswer(Struct, frozen=True):
+    """A page of jobs, newest first. `next_before`: what `before` takes for the next page."""
+
+    jobs: tuple[JobAnswer, ...]
+    next_before: str | None
+
+
+class JobLine(BatchLine, frozen=True, kw_only=True):
+    """As a batch's line. `cursor`: what `after` takes to go on behind it."""
+
+    cursor: str
 
 
 class RegisterBody(Struct, frozen=True):
@@ -168,13 +301,6 @@ class ReadyAnswer(Struct, frozen=True):
 
     status: str
     missing: tuple[str, ...]
-
-
-class FieldProblem(Struct, frozen=True):
-    """`field`: a path such as `config.confidence_threshold`, or the name of a header."""
-
-    field: str
-    message: str
 
 
 class Problem(Struct, frozen=True, kw_only=True):
