@@ -346,16 +346,20 @@ class Bus:
 
     # --- asking ----------------------------------------------------------------------------------------------------------
 
-    async def request(self, subject: str, message: Message, context: RequestContext, *, idempotent: bool = False) -> Response:
+    async def request(
+        self, subject: str, message: Message, context: RequestContext, *, idempotent: bool = False, token: str | None = None
+    ) -> Response:
         """Send `message` and wait for its reply until the context's deadline.
 
-        An `idempotent` request is sent once more when a process that may have had it in hand dies.
+        An `idempotent` request is sent once more when a process that may have had it in hand dies. `token`, unique among the
+        requests of this process and `[A-Za-z0-9_-]+`, becomes part of the origin: whoever asks again for the same after a failure
+        gives it again, and what is done once for each origin (usage) is done once for all attempts.
 
         Raises `PortcullisError`: STAGE_UNAVAILABLE (no connection, connection lost, `NoRespondersError`), DEADLINE_EXCEEDED,
         PAYLOAD_TOO_LARGE. An error reply is returned, not raised.
         """
         future: asyncio.Future[Msg] = asyncio.get_running_loop().create_future()
-        token = self._token()
+        token = token or self._token()
 
         def resolve(msg: Msg) -> None:
             if not future.done():

@@ -19,10 +19,12 @@ from libs.common.contracts import (
     AdminKey,
     AdminListKeys,
     AdminUpdateKey,
+    AdmissionRequest,
     BreakersResetRequest,
     DetectRequest,
     KeyChanged,
     RegisterRequest,
+    TakeRequest,
 )
 from libs.common.service import ConfigurationError
 from services.auth import handlers
@@ -76,6 +78,8 @@ async def parts(bus: Bus, settings: AuthSettings) -> AsyncIterator[None]:
 
         bus.on_event(subjects.EVENT_KEY_CHANGED, KeyChanged, partial(handlers.forget, cache=cache))
         bus.stage(subjects.DETECT_REQUEST, DetectRequest, partial(handlers.detect, authenticator=authenticator))
+        bus.stage(subjects.BATCH_REQUEST, AdmissionRequest, partial(handlers.admit, authenticator=authenticator))
+        bus.stage(subjects.BATCH_TAKE, TakeRequest, partial(handlers.take, authenticator=authenticator))
         _register_calls(bus, use, finisher)
 
         watching = asyncio.create_task(health.watch(PostgresCheck(own_engine).check))

@@ -242,3 +242,10 @@ class Authenticator:
             if key.revoked:
                 break
         raise PortcullisError(ErrorCode.INVALID_CREDENTIALS)
+
+    async def identify(self, key_id: str) -> Principal:
+        """The owner of a valid key whose secret has been checked before. Raises as `authenticate`."""
+        key = await self._cache.get(key_id)
+        if key is None or not key.is_valid(self._clock.now()):
+            raise PortcullisError(ErrorCode.INVALID_CREDENTIALS)
+        return key.principal

@@ -107,9 +107,13 @@ class VerifiableKey:
         self._expires = key.expires_at.timestamp() if key.expires_at else math.inf
         self.revoked = key.revoked_at is not None
 
+    def is_valid(self, now: float) -> bool:
+        """Neither revoked nor expired at `now` (epoch s)."""
+        return not self.revoked and now < self._expires
+
     def match(self, presented: bytes, now: float) -> Match | None:
         """Which secret `presented` (a verifier) is; None when it is neither, or when the key is not valid at `now` (epoch s)."""
-        if self.revoked or now >= self._expires:
+        if not self.is_valid(now):
             return None
         if hmac.compare_digest(presented, self._verifier):
             return Match.CURRENT

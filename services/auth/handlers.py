@@ -19,7 +19,9 @@ from libs.common.contracts import (
     AdminKey,
     AdminListKeys,
     AdminUpdateKey,
+    AdmissionRequest,
     AnsweredAccount,
+    AuthenticatedAdmission,
     AuthenticatedDetect,
     BreakersReset,
     BreakersResetRequest,
@@ -31,6 +33,7 @@ from libs.common.contracts import (
     Message,
     RegisterRequest,
     Scope,
+    TakeRequest,
     raw,
 )
 from libs.common.errors import ErrorCode, PortcullisError
@@ -104,6 +107,20 @@ async def detect(message: DetectRequest, _: RequestContext, authenticator: Authe
         subjects.DETECT_AUTHENTICATED,
         AuthenticatedDetect(principal=principal, payload=message.payload, cost=message.cost),
     )
+
+
+async def admit(message: AdmissionRequest, _: RequestContext, authenticator: Authenticator) -> Forward:
+    """Who asks for units for many texts."""
+    principal = (await authenticator.authenticate(message.credential)).principal
+    core.require_scope(principal, "batch")
+    return Forward(subjects.BATCH_AUTHENTICATED, AuthenticatedAdmission(principal=principal, cost=message.cost))
+
+
+async def take(message: TakeRequest, _: RequestContext, authenticator: Authenticator) -> Forward:
+    """Units for work that was accepted earlier, from a key whose secret was checked then: it must still be valid."""
+    principal = await authenticator.identify(message.key_id)
+    core.require_scope(principal, "batch")
+    return Forward(subjects.BATCH_AUTHENTICATED, AuthenticatedAdmission(principal=principal, cost=message.cost, partial=True))
 
 
 async def forget(event: KeyChanged, cache: KeyCache) -> None:

@@ -1,4 +1,4 @@
-"""What arrives on the bus: detections that have been admitted, and questions about the breakers."""
+"""What arrives on the bus: detections that have been admitted, one or many at a time, and questions about the breakers."""
 
 from __future__ import annotations
 
@@ -15,13 +15,17 @@ from libs.common.contracts import (
     BreakerReport,
     BreakersReset,
     BreakerStatus,
+    DetectItems,
     DetectPayload,
+    ErrorBody,
+    ItemResult,
+    ItemResults,
     UsageRecorded,
     Verdict,
 )
 from libs.common.errors import ErrorCode, PortcullisError
 from services.detector_proxy.breaker import EngineBreaker
-from services.detector_proxy.core import Judge
+from services.detector_proxy.core import BulkJudge, Judge
 from services.detector_proxy.ports import UsageLog
 
 Breakers = Mapping[str, EngineBreaker]
@@ -49,6 +53,35 @@ async def detect(message: AdmittedDetect, context: RequestContext, judge: Judge,
     if message.rate.degraded and not verdict.degraded:
         verdict = msgspec.structs.replace(verdict, degraded=True)
     return Answer(verdict, rate=message.rate)
+
+
+async def detect_many(message: DetectItems, context: RequestContext, judge: BulkJudge, usage: UsageLog, clock: Clock) -> Answer:
+    """Judge many texts. They are counted, all in one event, before they are answered, whatever becomes of them."""
+    payloads = [DetectPayload(text=text, threshold=message.threshold, detailed=message.detailed) for text in message.texts]
+    outcomes: list[Verdict | PortcullisError] = []
+    try:
+        outcomes = await judge.judge(payloads, context)
+    finally:
+        verdicts = [outcome for outcome in outcomes if isinstance(outcome, Verdict)]
+        await usage.record(
+            UsageRecorded(
+                key_id=message.key_id,
+                at_ms=int(clock.now() * 1000),
+                requests=len(payloads),
+                malicious=sum(verdict.is_malicious for verdict in verdicts),
+                failed=len(payloads) - len(verdicts),
+            ),
+            context.attempt_of,
+        )
+    return Answer(ItemResults(results=tuple(_item(outcome, message.rate_degraded) for outcome in outcomes)))
+
+
+def _item(outcome: Verdict | PortcullisError, rate_degraded: bool) -> ItemResult:
+    if isinstance(outcome, PortcullisError):
+        return ItemResult(error=ErrorBody(code=outcome.code, detail=outcome.detail, retry_after=outcome.retry_after))
+    if rate_degraded and not outcome.degraded:
+        outcome = msgspec.structs.replace(outcome, degraded=True)
+    return ItemResult(verdict=outcome)
 
 
 def _payload(payload: msgspec.Raw) -> DetectPayload:

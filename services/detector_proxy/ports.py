@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -48,6 +48,10 @@ class EngineError(Exception):
         self.counts = counts
 
 
+Outcome = EngineResult | EngineError
+"""What became of one text of many."""
+
+
 class Engine(Protocol):
     """One detection engine, whatever it is and wherever it runs."""
 
@@ -65,6 +69,16 @@ class Engine(Protocol):
         ...
 
     async def close(self) -> None: ...
+
+
+class BulkEngine(Engine, Protocol):
+    """An engine that takes many texts in one call."""
+
+    async def detect_many(
+        self, payloads: Sequence[DetectPayload], context: RequestContext, timeout_seconds: float
+    ) -> list[Outcome]:
+        """Judge each text; outcomes in the same order. `detailed` is the same for all. As `detect`, when nothing came of any."""
+        ...
 
 
 class UsageLog(Protocol):

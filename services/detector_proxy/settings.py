@@ -38,6 +38,8 @@ class DetectorProxySettings(CommonSettings):
     """For callers that name none and engines that were shipped with none."""
     engine_max_concurrency: Annotated[int, Field(ge=1, le=10_000)] = 64
     """Calls of the engine at a time, in each replica; beyond it a text goes to the fallback at once."""
+    engine_batch_concurrency: Annotated[int, Field(ge=1, le=10_000)] = 16
+    """Calls of an HTTP engine at a time for the texts of batches and jobs, in each replica, beside those for single texts."""
     engine_benign_labels: str = "benign,safe,legit,label_0"
     """`tei`: the labels, comma-separated and in any case, that mean "not malicious"; all others mean that it is."""
 

@@ -17,11 +17,13 @@ from libs.common import VERSION
 from libs.common.bus import Bus
 from libs.common.errors import ErrorCode, PortcullisError
 from services.edge import openapi, pages, problems
+from services.edge.batch import Batches
 from services.edge.bodies import Bodies
 from services.edge.gate import Gate, call_of
-from services.edge.handlers import Handlers, Refused, refused
+from services.edge.handlers import Handlers, refused
 from services.edge.health import FleetMonitor
 from services.edge.ports import Stages
+from services.edge.replies import Refused
 from services.edge.server import serving
 from services.edge.settings import EdgeSettings
 
@@ -42,6 +44,14 @@ def build(stages: Stages, settings: EdgeSettings) -> Gate:
     """The whole HTTP side as one ASGI application, on whatever stages there are."""
     bodies = Bodies(settings.max_body_bytes, settings.edge_max_buffered_bytes, settings.body_timeout_seconds)
     handlers = Handlers(stages, bodies, FleetMonitor(stages), request_timeout_seconds=settings.request_timeout_seconds)
+    batches = Batches(
+        stages,
+        Bodies(settings.max_batch_body_bytes, settings.edge_max_batch_buffered_bytes, settings.batch_body_timeout_seconds),
+        request_timeout_seconds=settings.request_timeout_seconds,
+        idle_seconds=settings.batch_idle_seconds,
+        most_line_bytes=settings.max_body_bytes,
+        most_batches=settings.edge_max_batches,
+    )
     app = FastAPI(
         title="Portcullis",
         version=VERSION,
@@ -61,7 +71,7 @@ def build(stages: Stages, settings: EdgeSettings) -> Gate:
         },
     )
     app.router.route_class = _PlainRoute
-    openapi.add_routes(app, handlers)
+    openapi.add_routes(app, handlers, batches)
     app.add_api_route("/metrics", handlers.metrics, include_in_schema=False)
     pages.add_pages(app)
     if settings.cors_origin_names:
@@ -74,7 +84,7 @@ def build(stages: Stages, settings: EdgeSettings) -> Gate:
             max_age=CORS_MAX_AGE_SECONDS,
         )
     gate = Gate(app, settings, stages.clock)
-    handlers.gate = gate
+    handlers.gate = batches.gate = gate
     return gate
 
 

@@ -42,6 +42,26 @@ CHANNELS = (
         subjects.model_pool(subjects.DEFAULT_POOL), contracts.ModelRequest, "detector_proxy", "fallback_model",
         "A text for a worker of the fallback pool", contracts.ModelResult,
     ),
+    Channel(
+        subjects.BATCH_REQUEST, contracts.AdmissionRequest, "edge", "auth", "Units for many texts, all or none",
+        contracts.Admission,
+    ),
+    Channel(
+        subjects.BATCH_TAKE, contracts.TakeRequest, "jobs", "auth", "Units for work accepted earlier, as far as there is room",
+        contracts.Admission,
+    ),
+    Channel(
+        subjects.BATCH_AUTHENTICATED, contracts.AuthenticatedAdmission, "auth", "limiter", "… for a key that is valid",
+        contracts.Admission,
+    ),
+    Channel(
+        subjects.BATCH_ITEMS, contracts.DetectItems, "edge", "detector_proxy", "Many texts whose units have been taken",
+        contracts.ItemResults,
+    ),
+    Channel(
+        subjects.model_pool_batch(subjects.DEFAULT_POOL), contracts.ModelItems, "detector_proxy", "fallback_model",
+        "Many texts for a worker of the fallback pool, as bulk work", contracts.ModelItemResults,
+    ),
     Channel(subjects.REGISTER_REQUEST, contracts.RegisterRequest, "edge", "limiter", "A key is asked for", contracts.IssuedKey),
     Channel(
         subjects.REGISTER_ADMITTED, contracts.RegisterRequest, "limiter", "auth", "… from an address within its limits",

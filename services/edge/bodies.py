@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -23,7 +24,9 @@ class Bodies:
         self._timeout_seconds = timeout_seconds
 
     @asynccontextmanager
-    async def read(self, headers: core.Headers, receive: Receive, remaining_seconds: float) -> AsyncIterator[bytes | bytearray]:
+    async def read(
+        self, headers: core.Headers, receive: Receive, remaining_seconds: float = math.inf
+    ) -> AsyncIterator[bytes | bytearray]:
         """The whole body, held until the block ends.
 
         Raises PAYLOAD_TOO_LARGE, OVERLOADED (too much held by all), DEADLINE_EXCEEDED after `remaining_seconds`, or BAD_REQUEST

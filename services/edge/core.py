@@ -11,7 +11,7 @@ import msgspec
 from libs.common import keys
 from libs.common.contracts import AdminCredential, BreakerReport, BreakerStatus, Credential, RateState
 from libs.common.errors import ErrorCode, PortcullisError
-from services.edge.schemas import Breaker
+from services.edge.schemas import Breaker, DetectConfig
 
 T = TypeVar("T")
 
@@ -30,14 +30,19 @@ def require_json(headers: Headers, body: bytes | bytearray) -> None:
 
     curl's default for `-d` is the form type; people leave it, so it is taken when the body begins like a JSON object.
     """
-    if headers.get(b"content-encoding", b"identity").lower() != b"identity":
-        raise PortcullisError(ErrorCode.UNSUPPORTED_MEDIA_TYPE, "Send the body as it is, without Content-Encoding.")
+    require_no_encoding(headers)
     media_type = headers.get(b"content-type", b"").decode("latin-1").partition(";")[0].strip().lower()
     if media_type in ("", "application/json") or (media_type.endswith("+json") and "/" in media_type):
         return
     if media_type == _FORM and body.lstrip(_JSON_WHITESPACE).startswith(b"{"):
         return
     raise PortcullisError(ErrorCode.UNSUPPORTED_MEDIA_TYPE)
+
+
+def require_no_encoding(headers: Headers) -> None:
+    """Raise UNSUPPORTED_MEDIA_TYPE when the body is compressed or the like."""
+    if headers.get(b"content-encoding", b"identity").lower() != b"identity":
+        raise PortcullisError(ErrorCode.UNSUPPORTED_MEDIA_TYPE, "Send the body as it is, without Content-Encoding.")
 
 
 def decode_json(body: bytes | bytearray, decoder: msgspec.json.Decoder[T]) -> T:
@@ -78,6 +83,22 @@ def _field_and_message(message: str) -> tuple[str, str]:
     if not path and what.startswith("Object missing required field `"):
         return what.removeprefix("Object missing required field `").rstrip("`"), "This field is required"
     return field or "body", what
+
+
+def query_config(query: Mapping[str, str]) -> DetectConfig:
+    """`confidence_threshold` and `detailed_response` of a query. Raises INVALID_FIELD."""
+    try:
+        return msgspec.convert(
+            {name: query[name] for name in DetectConfig.__struct_fields__ if name in query}, DetectConfig, strict=False
+        )
+    except msgspec.ValidationError as error:
+        raise invalid_field(*_field_and_message(str(error))) from None
+
+
+def prefers_async(headers: Headers) -> bool:
+    """Whether `Prefer: respond-async` (RFC 7240) is there."""
+    preferences = headers.get(b"prefer", b"").decode("latin-1").lower().split(",")
+    return any(preference.partition(";")[0].strip() == "respond-async" for preference in preferences)
 
 
 # --- who calls -----------------------------------------------------------------------------------------------------------

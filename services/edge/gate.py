@@ -6,6 +6,7 @@ beginning, stamps every answer, counts it, and is the one place where an unexpec
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 from collections.abc import MutableMapping
@@ -58,10 +59,10 @@ def call_of(scope: MutableMapping[str, Any]) -> Call:
 
 
 class Gate:
-    """ASGI in, ASGI out. `stopping`: every answer from now on closes its connection."""
+    """ASGI in, ASGI out. `stop` is set when the process is about to: every answer from then on closes its connection."""
 
     def __init__(self, app: ASGIApp, settings: EdgeSettings, clock: Clock) -> None:
-        self.stopping = False
+        self.stop = asyncio.Event()
         self.in_flight = 0
         self._app = app
         self._clock = clock
@@ -92,7 +93,7 @@ class Gate:
                 own.append((b"x-content-type-options", b"nosniff"))
                 if not any(name == b"cache-control" for name, _ in own):
                     own.append((b"cache-control", b"no-store"))
-                if self.stopping:
+                if self.stop.is_set():
                     own.append((b"connection", b"close"))
             await send(message)
 

@@ -37,6 +37,7 @@ from services.edge import core, health, problems
 from services.edge.bodies import Bodies
 from services.edge.gate import Call, Gate, call_of
 from services.edge.ports import Answered, Stages
+from services.edge.replies import Refused, decoded
 from services.edge.schemas import (
     BreakersAnswer,
     CreateKeyBody,
@@ -85,15 +86,6 @@ _DEFAULT_CONFIG = DetectConfig()
 _encode = msgspec.json.Encoder().encode
 
 
-class Refused(Exception):  # noqa: N818  # not an error of ours: a stage's answer
-    """A stage refused; `rate` is the state of the key's limits, if it came so far."""
-
-    def __init__(self, error: PortcullisError, rate: RateState | None) -> None:
-        self.error = error
-        self.rate = rate
-        super().__init__(str(error))
-
-
 class Handlers:
     """The calls. Each is `Request` → `Response`, and raises `PortcullisError` or `Refused`."""
 
@@ -116,7 +108,7 @@ class Handlers:
         config = body.config or _DEFAULT_CONFIG
         payload = DetectPayload(text=body.text, threshold=config.confidence_threshold, detailed=config.detailed_response)
         answered = await self._ask(subjects.DETECT_REQUEST, DetectRequest(credential=credential, payload=raw(payload)), context)
-        verdict = _result(answered, _VERDICT)
+        verdict = decoded(answered, _VERDICT)
         rate = answered.reply.rate
         spent_ms = round((self._stages.clock.monotonic() - call.arrived) * 1000, 3)
         answer = DetectAnswer(
@@ -154,13 +146,13 @@ class Handlers:
             admin_digest=core.admin_digest(call.headers),
         )
         answered = await self._ask(subjects.REGISTER_REQUEST, message, context)
-        return _json(_issued(_result(answered, _ISSUED_KEY)), status=201)
+        return _json(_issued(decoded(answered, _ISSUED_KEY)), status=201)
 
     async def profile(self, request: Request) -> Response:
         """The caller's key: its limits, what is left of them, and its use."""
         call = call_of(request.scope)
         answered = await self._account(call, subjects.ACCOUNT_PROFILE)
-        record, rate = _result(answered, _KEY_RECORD), answered.reply.rate
+        record, rate = decoded(answered, _KEY_RECORD), answered.reply.rate
         return _json(
             ProfileAnswer(
                 key_id=record.key_id,
@@ -185,7 +177,7 @@ class Handlers:
     async def rotate(self, request: Request) -> Response:
         """Issue a new secret for the caller's key. The old one stays valid until `previous_valid_until`."""
         answered = await self._account(call_of(request.scope), subjects.ACCOUNT_ROTATE)
-        issued = _result(answered, _ISSUED_KEY)
+        issued = decoded(answered, _ISSUED_KEY)
         answer = msgspec.structs.replace(_issued(issued), previous_valid_until=issued.previous_valid_until)
         return _json(answer, answered.reply.rate)
 
@@ -207,7 +199,7 @@ class Handlers:
             admin=admin, after=request.query_params.get("after"), limit=_page_size(request.query_params.get("limit"))
         )
         answered = await self._ask(subjects.ADMIN_KEYS_LIST, message, self._context(call))
-        return _json(_result(answered, _KEY_LIST), answered.reply.rate)
+        return _json(decoded(answered, _KEY_LIST), answered.reply.rate)
 
     async def create_key(self, request: Request) -> Response:
         """Issue a key with scopes, limits and an expiry of one's choice. It is shown in this answer only."""
@@ -224,12 +216,12 @@ class Handlers:
             expires_at=body.expires_at,
         )
         answered = await self._ask(subjects.ADMIN_KEYS_CREATE, message, context)
-        return _json(_issued(_result(answered, _ISSUED_KEY)), answered.reply.rate, status=201)
+        return _json(_issued(decoded(answered, _ISSUED_KEY)), answered.reply.rate, status=201)
 
     async def get_key(self, request: Request) -> Response:
         """One key, with its use."""
         answered = await self._admin_key(request, subjects.ADMIN_KEYS_GET)
-        return _json(_result(answered, _KEY_RECORD), answered.reply.rate)
+        return _json(decoded(answered, _KEY_RECORD), answered.reply.rate)
 
     async def update_key(self, request: Request) -> Response:
         """Change a key's name, scopes, limits or expiry. Fields that are left out, or null, stay as they are."""
@@ -247,7 +239,7 @@ class Handlers:
             expires_at=body.expires_at,
         )
         answered = await self._ask(subjects.ADMIN_KEYS_UPDATE, message, context)
-        return _json(_result(answered, _KEY_RECORD), answered.reply.rate)
+        return _json(decoded(answered, _KEY_RECORD), answered.reply.rate)
 
     async def delete_key(self, request: Request) -> Response:
         """Revoke a key, for good."""
@@ -310,7 +302,7 @@ class Handlers:
     async def ready(self, _: Request) -> Response:
         """A detection would be answered now."""
         missing = health.missing(await self._monitor.fleet())
-        if self.gate is not None and self.gate.stopping:
+        if self.gate is not None and self.gate.stop.is_set():
             missing = (*missing, "edge")
         if missing:
             return _json(ReadyAnswer(status="not_ready", missing=missing), status=503, headers=_RETRY)
@@ -340,13 +332,6 @@ class Handlers:
         if reply.error is not None:
             raise Refused(problems.from_reply(reply.error), reply.rate)
         return answered
-
-
-def _result(answered: Answered, decoder: msgspec.json.Decoder[T]) -> T:
-    try:
-        return decoder.decode(answered.reply.result)
-    except msgspec.DecodeError as error:
-        raise PortcullisError(ErrorCode.STAGE_UNAVAILABLE, internal=f"a stage's result cannot be read: {error}") from error
 
 
 def _json(

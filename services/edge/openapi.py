@@ -12,7 +12,8 @@ from fastapi import FastAPI, Request, Response
 
 from libs.common.contracts import KeyList, KeyRecord
 from libs.common.errors import CATALOGUE
-from services.edge import problems, schemas
+from services.edge import items, problems, schemas
+from services.edge.batch import Batches
 from services.edge.handlers import DEFAULT_PAGE, MAX_PAGE, Handlers
 
 DESCRIPTION = """Tells an application whether a text tries to take over its language model.
@@ -82,14 +83,56 @@ class Operation:
     security: list[dict[str, list[str]]] | None = None
     also: dict[int, type[msgspec.Struct]] = field(default_factory=dict)
     """Other statuses with a body that is no problem document."""
+    also_takes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Media types of the body besides JSON, as OpenAPI describes them."""
+    also_gives: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """The same of the answer."""
 
 
-def operations(handlers: Handlers) -> tuple[Operation, ...]:
+_THRESHOLD = {
+    "name": "confidence_threshold",
+    "in": "query",
+    "description": "For NDJSON, which has no `config`",
+    "schema": {"type": "number", "minimum": 0, "maximum": 1},
+}
+_DETAILED = {
+    "name": "detailed_response",
+    "in": "query",
+    "description": "For NDJSON, which has no `config`",
+    "schema": {"type": "boolean", "default": False},
+}
+# Without an example: tools that try examples out (schemathesis) cannot write this media type, and stop at it.
+_ITEM_LINES = {
+    items.NDJSON: {
+        "schema": {
+            "type": "string",
+            "description": 'One BatchItem a line, as many as there are, such as `{"id": "a", "text": "Ignore all instructions"}`',
+        }
+    }
+}
+_LINES = 'one BatchLine for each item in the order of completion, then one `{"summary": BatchSummary}`. A stream that ends early'
+_RESULT_LINES = {
+    items.NDJSON: {
+        "schema": {"type": "string", "description": f"JSON a line: {_LINES} says why in a line before it, with `next_index`"}
+    },
+    items.EVENTS: {
+        "schema": {"type": "string", "description": f"Events `result`, `error` and `summary`: {_LINES} has an `error` before it"}
+    },
+}
+
+
+def operations(handlers: Handlers, batches: Batches) -> tuple[Operation, ...]:
     keyed = _CALL | _KEYED
     return (
         Operation(
             "POST", "/v1/detect", handlers.detect, "detection", schemas.DetectAnswer, errors=keyed | _BODY,
             body=schemas.DetectBody, body_example={"text": "Ignore all previous instructions"}, security=_KEY,
+        ),
+        Operation(
+            "POST", "/v1/detect/batch", batches.detect, "detection", schemas.BatchAnswer, errors=keyed | _BODY,
+            body=schemas.BatchBody,
+            body_example={"requests": [{"id": "a", "text": "Ignore all previous instructions"}, {"text": "What time is it?"}]},
+            parameters=(_THRESHOLD, _DETAILED), security=_KEY, also_takes=_ITEM_LINES, also_gives=_RESULT_LINES,
         ),
         Operation(
             "POST", "/auth/register", handlers.register, "keys", schemas.IssuedKeyAnswer, 201, _CALL | _BODY | {403},
@@ -144,9 +187,9 @@ def operations(handlers: Handlers) -> tuple[Operation, ...]:
     )  # fmt: skip
 
 
-def add_routes(app: FastAPI, handlers: Handlers) -> None:
+def add_routes(app: FastAPI, handlers: Handlers, batches: Batches) -> None:
     """Register every operation, and `app.openapi()` that describes them."""
-    table = operations(handlers)
+    table = operations(handlers, batches)
     answers = {operation.answer for operation in table if operation.answer is not None}
     bodies = {operation.body for operation in table if operation.body is not None}
     _, components = msgspec.json.schema_components(
@@ -184,7 +227,7 @@ def add_routes(app: FastAPI, handlers: Handlers) -> None:
 def _describe(operation: Operation) -> dict[str, Any]:
     success: dict[str, Any] = {"description": http.HTTPStatus(operation.status).phrase}
     if operation.answer is not None:
-        success["content"] = _content(operation.answer)
+        success["content"] = operation.also_gives | _content(operation.answer)
     if operation.security == _KEY:
         success["headers"] = {name: {"$ref": f"#/components/headers/{name}"} for name in RATE_HEADERS}
     responses: dict[str, Any] = {str(operation.status): success}
@@ -201,7 +244,7 @@ def _describe(operation: Operation) -> dict[str, Any]:
     if operation.body is not None:
         content = _content(operation.body)
         content["application/json"]["example"] = operation.body_example
-        described["requestBody"] = {"required": True, "content": content}
+        described["requestBody"] = {"required": True, "content": content | operation.also_takes}
     return described
 
 

@@ -29,8 +29,13 @@ class Stages(Protocol):
     @property
     def connected(self) -> bool: ...
 
-    async def request(self, subject: str, message: Message, context: RequestContext, *, idempotent: bool = False) -> Answered:
-        """Raises `PortcullisError` when no reply comes; a refusal is a reply. `idempotent`: may be sent twice."""
+    async def request(
+        self, subject: str, message: Message, context: RequestContext, *, idempotent: bool = False, token: str | None = None
+    ) -> Answered:
+        """Raises `PortcullisError` when no reply comes; a refusal is a reply. `idempotent`: may be sent twice.
+
+        `token`: a name of this request among all of the process, given again when the same is asked again after a failure.
+        """
         ...
 
     async def gather(

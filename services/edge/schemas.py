@@ -54,6 +54,84 @@ class DetectAnswer(Struct, frozen=True, kw_only=True):
     timings: dict[str, float] | UnsetType = UNSET
 
 
+class FieldProblem(Struct, frozen=True):
+    """`field`: a path such as `config.confidence_threshold`, or the name of a header."""
+
+    field: str
+    message: str
+
+
+ItemId = Annotated[str, Meta(max_length=256)]
+
+
+class BatchItem(Struct, frozen=True):
+    """One text of many. `id` is the caller's own name for it; it comes back with the result and need not be unique."""
+
+    text: Annotated[str, Meta(min_length=1, max_length=MAX_TEXT_CHARACTERS)]
+    id: ItemId | None = None
+
+
+class BatchBody(Struct, frozen=True):
+    requests: Annotated[tuple[BatchItem, ...], Meta(min_length=1, max_length=1000)]
+    config: DetectConfig | None = None
+
+
+class ItemProblem(Struct, frozen=True, kw_only=True):
+    """Why an item has no verdict, or why a stream ends early. `code` is what the `type` of a `Problem` ends with."""
+
+    code: str
+    title: str
+    status: int
+    detail: str
+    errors: tuple[FieldProblem, ...] | UnsetType = UNSET
+    retry_after: int | UnsetType = UNSET
+
+
+class BatchLine(Struct, frozen=True, kw_only=True):
+    """What became of one item: the verdict, as a single detection's, or `error`. `index` counts the items from 0.
+
+    The fields after `coverage` are there with `detailed_response` only; times are in milliseconds.
+    """
+
+    index: int
+    id: str | None
+    is_malicious: bool | UnsetType = UNSET
+    confidence: Probability | UnsetType = UNSET
+    threat_types: tuple[ThreatType, ...] | UnsetType = UNSET
+    endpoint: str | UnsetType = UNSET
+    degraded: bool | UnsetType = UNSET
+    coverage: Coverage | UnsetType | None = UNSET
+    reason: str | UnsetType | None = UNSET
+    spans: tuple[Span, ...] | UnsetType = UNSET
+    transforms: tuple[Transform, ...] | UnsetType = UNSET
+    timings: dict[str, float] | UnsetType = UNSET
+    error: ItemProblem | UnsetType = UNSET
+
+
+class BatchSummary(Struct, frozen=True, kw_only=True):
+    """The last line. `total` = `malicious` + `benign` + `failed`; `degraded`: how many verdicts are.
+
+    Not `complete`: the items from `next_index` on were neither judged nor charged, for the reason in `error`.
+    """
+
+    total: int
+    malicious: int
+    benign: int
+    failed: int
+    degraded: int
+    complete: bool
+    processing_time_ms: float
+    next_index: int | UnsetType = UNSET
+    error: ItemProblem | UnsetType = UNSET
+
+
+class BatchAnswer(Struct, frozen=True):
+    """All results in the order of asking."""
+
+    results: tuple[BatchLine, ...]
+    summary: BatchSummary
+
+
 class RegisterBody(Struct, frozen=True):
     name: Name
     rate_limit_per_minute: Limit | None = None
@@ -168,13 +246,6 @@ class ReadyAnswer(Struct, frozen=True):
 
     status: str
     missing: tuple[str, ...]
-
-
-class FieldProblem(Struct, frozen=True):
-    """`field`: a path such as `config.confidence_threshold`, or the name of a header."""
-
-    field: str
-    message: str
 
 
 class Problem(Struct, frozen=True, kw_only=True):

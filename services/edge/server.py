@@ -19,6 +19,7 @@ from libs.common.errors import ErrorCode, PortcullisError
 from libs.common.service import ConfigurationError
 from services.edge import problems
 from services.edge.gate import Gate
+from services.edge.peer import PEER, Peer
 from services.edge.settings import EdgeSettings
 
 log = logging.getLogger(__name__)
@@ -37,6 +38,7 @@ class Protocol(HttpToolsProtocol):
 
     settings: EdgeSettings
 
+    _peer: Peer
     _receiving_headers = False
     _receiving_body = False
     _message_ended = False
@@ -48,6 +50,7 @@ class Protocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's own does
         super().connection_made(transport)
+        self._peer = Peer(transport.abort)
         if len(self.connections) > self.settings.edge_max_connections:
             self._refuse(PortcullisError(ErrorCode.OVERLOADED))
             return
@@ -55,6 +58,7 @@ class Protocol(HttpToolsProtocol):
         self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self._peer.gone.set()
         self._unset_keepalive_if_required()
         self._cancel_header_timer()
         self._cancel_linger_timer()
@@ -85,6 +89,7 @@ class Protocol(HttpToolsProtocol):
         if not self._resuming:
             self._receiving_headers = True
             super().on_message_begin()
+            self.scope[PEER] = self._peer  # type: ignore[literal-required]  # our own, beside what ASGI names
 
     def on_url(self, url: bytes) -> None:
         if not self._resuming:
@@ -205,7 +210,7 @@ class Server(uvicorn.Server):
             server.close()
         for listener in sockets or []:
             listener.close()
-        self._gate.stopping = True
+        self._gate.stop.set()
         if not await self._gone(self._grace_seconds, idle_too=True):
             for connection in self._connections():
                 if connection.idle:

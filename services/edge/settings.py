@@ -44,6 +44,16 @@ class EdgeSettings(CommonSettings):
     """Calls worked on at a time; further ones are refused at once."""
     edge_max_buffered_bytes: Annotated[int, Field(ge=1024)] = 64 * 1024**2
     """Bytes of all bodies held at a time."""
+    max_batch_body_bytes: Annotated[int, Field(ge=1024)] = 16 * 1024**2
+    """The largest JSON list of texts. NDJSON may be of any length; it is a line of it that `PORTCULLIS_MAX_BODY_BYTES` bounds."""
+    batch_body_timeout_seconds: Annotated[float, Field(gt=0)] = 60.0
+    """How long a JSON list of texts may take to arrive."""
+    batch_idle_seconds: Annotated[float, Field(gt=0)] = 60.0
+    """How long a batch waits for the next piece of an upload, and for its reader to take the next lines."""
+    edge_max_batches: Annotated[int, Field(ge=1)] = 32
+    """Batches answered at a time; further ones are refused at once."""
+    edge_max_batch_buffered_bytes: Annotated[int, Field(ge=1024)] = 64 * 1024**2
+    """Bytes of all JSON lists of texts held at a time."""
     edge_max_connections: Annotated[int, Field(ge=1)] = 10_000
 
     @property

@@ -11,10 +11,10 @@ from contextlib import asynccontextmanager
 
 from libs.common.bus import Bus
 from libs.common.clock import SystemClock
-from libs.common.contracts import ModelRequest
+from libs.common.contracts import ModelItems, ModelRequest
 from libs.common.micro import MODEL_NAME, POOL
 from libs.common.service import ConfigurationError, run
-from libs.common.subjects import model_pool
+from libs.common.subjects import model_pool, model_pool_batch
 from services.fallback_model import handlers, processors
 from services.fallback_model.batcher import Batcher, Limits
 from services.fallback_model.detector import Detector, Model
@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 
 _PREPARING_THREADS = 2
 _MAX_IN_FLIGHT = 1024
+_MAX_BULK_IN_FLIGHT = 16
+"""Messages with many texts: enough to find texts of like length for a batch, and no more than a second or two of work."""
 
 
 async def load_detector(settings: FallbackModelSettings) -> Detector:
@@ -40,7 +42,17 @@ async def load_detector(settings: FallbackModelSettings) -> Detector:
         queue_tokens=settings.model_queue_tokens,
         wait_seconds=settings.model_wait_ms / 1000,
     )
-    return Detector(model, lambda loaded: Batcher(list(loaded.sessions), limits, SystemClock()), _PREPARING_THREADS)
+    bulk_limits = Limits(
+        batch_tokens=settings.model_bulk_batch_tokens,
+        queue_tokens=settings.model_bulk_queue_tokens,
+        wait_seconds=settings.model_wait_ms / 1000,
+    )
+    return Detector(
+        model,
+        lambda loaded: Batcher(list(loaded.sessions), limits, SystemClock()),
+        lambda loaded: Batcher(list(loaded.sessions), bulk_limits, SystemClock(), begin_thread=processors.give_way),
+        _PREPARING_THREADS,
+    )
 
 
 @asynccontextmanager
@@ -54,6 +66,12 @@ async def parts(bus: Bus, settings: FallbackModelSettings) -> AsyncIterator[None
     bus.status.set(POOL, settings.model_pool)
     bus.stage(
         model_pool(settings.model_pool), ModelRequest, functools.partial(handlers.detect, slot=slot), max_in_flight=_MAX_IN_FLIGHT
+    )
+    bus.stage(
+        model_pool_batch(settings.model_pool),
+        ModelItems,
+        functools.partial(handlers.detect_many, slot=slot),
+        max_in_flight=_MAX_BULK_IN_FLIGHT,
     )
     reloads: set[asyncio.Task[None]] = set()
 

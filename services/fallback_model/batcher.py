@@ -80,7 +80,10 @@ class Batcher:
         limits: Limits,
         clock: Time,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        *,
+        begin_thread: Callable[[], None] | None = None,
     ) -> None:
+        """`begin_thread` is called first in each thread that runs batches."""
         self._limits = limits
         self._clock = clock
         self._sleep = sleep
@@ -90,7 +93,7 @@ class Batcher:
         self._work = asyncio.Event()
         self._closing = False
         self._patient_turn = False
-        self._threads = ThreadPoolExecutor(len(runners), thread_name_prefix="infer")
+        self._threads = ThreadPoolExecutor(len(runners), thread_name_prefix="infer", initializer=begin_thread)
         self._tasks = [asyncio.create_task(self._serve(runner)) for runner in runners]
 
     @property

@@ -25,6 +25,7 @@ from services.fallback_model.engine import ModelCard, ModelError, Scores, Sessio
 from services.fallback_model.labels import THREATS, ThreatName
 from services.fallback_model.lexicon import Lexicon
 from services.fallback_model.normalise import Normalised, View, normalise
+from services.fallback_model.processors import give_way
 from services.fallback_model.windows import Ids, Window, Windower
 from services.fallback_model.windows import characters as window_characters
 
@@ -305,23 +306,36 @@ def _ms(begin: float, end: float) -> float:
 
 
 class Detector:
-    """A model served beside an event loop: preparation in threads, windows of many texts in common batches."""
+    """A model served beside an event loop: preparation in threads, windows of many texts in common batches.
 
-    def __init__(self, model: Model, make_batcher: Callable[[Model], Batcher], preparing_threads: int) -> None:
+    Bulk work has threads, a queue and batches of its own, over the same sessions (onnxruntime's may run in several threads at
+    once). Its threads give way, so that a single text waits neither behind a batch in the queue nor for one to end.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        make_batcher: Callable[[Model], Batcher],
+        make_bulk_batcher: Callable[[Model], Batcher],
+        preparing_threads: int,
+    ) -> None:
         self.model = model
-        self._batcher = make_batcher(model)
-        self._threads = ThreadPoolExecutor(preparing_threads, thread_name_prefix="prepare")
+        self._single = _Lane(make_batcher(model), ThreadPoolExecutor(preparing_threads, thread_name_prefix="prepare"))
+        bulk_threads = ThreadPoolExecutor(1, thread_name_prefix="prepare-bulk", initializer=give_way)
+        self._bulk = _Lane(make_bulk_batcher(model), bulk_threads)
 
-    async def detect(self, text: str, *, detailed: bool = False, urgent: bool = True) -> Detection:
-        """Judges one text. Raises `Busy` at once when the queue is full; a failure is an exception, never a verdict."""
-        self._batcher.check()
+    async def detect(self, text: str, *, detailed: bool = False, bulk: bool = False) -> Detection:
+        """Judges one text. Raises `Busy` at once when its queue is full; a failure is an exception, never a verdict."""
+        lane = self._bulk if bulk else self._single
+        batcher = lane.batcher
+        batcher.check()
         loop = asyncio.get_running_loop()
         began = time.perf_counter()
-        prepared = await loop.run_in_executor(self._threads, self.model.prepare, text)
+        prepared = await loop.run_in_executor(lane.threads, self.model.prepare, text)
         ready = time.perf_counter()
-        # A long document waits for its turn like a batch: its hundreds of windows would hold up every short text.
-        urgent = urgent and len(prepared.rows) <= MOST_URGENT_WINDOWS
-        scores = await self._batcher.score(prepared.rows, urgent=urgent)
+        # A long document waits for its turn: its hundreds of windows would hold up every short text.
+        urgent = len(prepared.rows) <= MOST_URGENT_WINDOWS
+        scores = await batcher.score(prepared.rows, urgent=urgent)
         scored = time.perf_counter()
         detection = self.model.judge(prepared, scores)
         if not detailed:
@@ -330,9 +344,9 @@ class Detector:
         rows: list[Ids] = []
         sentences: list[tuple[int, int]] = []
         if detection.probability >= detection.threshold:
-            rows, sentences = await loop.run_in_executor(self._threads, self.model.sentences, prepared, scores)
+            rows, sentences = await loop.run_in_executor(lane.threads, self.model.sentences, prepared, scores)
         if rows:
-            logits = (await self._batcher.score(rows, urgent=urgent)).logits.tolist()
+            logits = (await batcher.score(rows, urgent=urgent)).logits.tolist()
         timings = {"waited": round((ready - began) * 1000 - sum(prepared.timings.values()), 3), "model": _ms(ready, scored)}
         if rows:
             timings["narrow"] = _ms(scored, time.perf_counter())
@@ -340,5 +354,14 @@ class Detector:
 
     async def close(self) -> None:
         """Finishes what was accepted, then frees the threads. Call it after the last `detect` was started."""
-        await self._batcher.close()
-        self._threads.shutdown(wait=False)
+        for lane in (self._single, self._bulk):
+            await lane.batcher.close()
+            lane.threads.shutdown(wait=False)
+
+
+@dataclass(frozen=True)
+class _Lane:
+    """Where texts are prepared and scored."""
+
+    batcher: Batcher
+    threads: ThreadPoolExecutor

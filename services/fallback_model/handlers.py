@@ -1,14 +1,30 @@
-"""A text comes in on the bus, a judgement goes out."""
+"""A text, or many, comes in on the bus; a judgement of each goes out."""
 
 from __future__ import annotations
 
+import asyncio
+import logging
+
 from libs.common.bus import Answer, Outcome
 from libs.common.context import RequestContext
-from libs.common.contracts import Coverage, ModelRequest, ModelResult, Span, ThreatType, Transform
-from libs.common.errors import ErrorCode, PortcullisError
+from libs.common.contracts import (
+    Coverage,
+    ErrorBody,
+    ModelItemResult,
+    ModelItemResults,
+    ModelItems,
+    ModelRequest,
+    ModelResult,
+    Span,
+    ThreatType,
+    Transform,
+)
+from libs.common.errors import CATALOGUE, ErrorCode, PortcullisError
 from services.fallback_model.batcher import Busy
-from services.fallback_model.detector import Detection
+from services.fallback_model.detector import Detection, Detector
 from services.fallback_model.swap import Slot
+
+log = logging.getLogger(__name__)
 
 
 async def detect(request: ModelRequest, _: RequestContext, slot: Slot) -> Outcome:
@@ -19,6 +35,29 @@ async def detect(request: ModelRequest, _: RequestContext, slot: Slot) -> Outcom
     except Busy:
         raise PortcullisError(ErrorCode.OVERLOADED, internal="the model's queue is full") from None
     return Answer(to_message(detection, detailed=request.detailed))
+
+
+async def detect_many(request: ModelItems, _: RequestContext, slot: Slot) -> Outcome:
+    """Judges many texts side by side, as bulk work. What becomes of one text is no matter of the others."""
+    async with slot.use() as detector:
+        results = await asyncio.gather(*(_item(detector, text, detailed=request.detailed) for text in request.texts))
+    return Answer(ModelItemResults(results=tuple(results)))
+
+
+async def _item(detector: Detector, text: str, *, detailed: bool) -> ModelItemResult:
+    try:
+        detection = await detector.detect(text, detailed=detailed, bulk=True)
+    except Busy:
+        return ModelItemResult(error=_error(ErrorCode.OVERLOADED))
+    except Exception:
+        # As in a stage: a bug is answered like any other failure, and told to the log. The other texts go on.
+        log.exception("a text of many failed")
+        return ModelItemResult(error=_error(ErrorCode.INTERNAL))
+    return ModelItemResult(result=to_message(detection, detailed=detailed))
+
+
+def _error(code: ErrorCode) -> ErrorBody:
+    return ErrorBody(code=code, detail=CATALOGUE[code].detail)
 
 
 def to_message(detection: Detection, *, detailed: bool) -> ModelResult:

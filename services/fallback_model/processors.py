@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import math
 import os
+import sys
+import threading
 from pathlib import Path
 from typing import Final
 
 CGROUP: Final = Path("/sys/fs/cgroup")
+BULK_NICENESS: Final = 10
+"""A tenth of the weight of niceness 0 in the kernel's scheduler."""
 
 
 def usable(cgroup: Path = CGROUP) -> int:
@@ -36,3 +40,13 @@ def layout(sessions: int, threads: int, processors: int) -> tuple[int, int]:
     if not sessions:
         sessions = max(1, processors // threads) if threads else processors
     return sessions, threads or max(1, processors // sessions)
+
+
+def give_way() -> None:
+    """Let the calling thread run when nobody else wants the processor, or for a tenth of the time when somebody does.
+
+    What runs in such a thread fills idle processors and is pushed aside at once by a thread of ordinary priority. Linux
+    alone has priorities by thread; elsewhere nothing happens.
+    """
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), BULK_NICENESS)

@@ -101,10 +101,12 @@ class RedisStore:
         self._batches: set[asyncio.Task[list[bytes]]] = set()
         self._flushing = False
 
-    async def decide(self, key: str, limits: Sequence[int], cost: int, known: Sequence[int] | None) -> Decision:
+    async def decide(
+        self, key: str, limits: Sequence[int], cost: int, known: Sequence[int] | None, *, partial: bool = False
+    ) -> Decision:
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[bytes] = loop.create_future()
-        self._waiting.append((self._prefix + key, self._wire.ask(limits, cost, known), answer))
+        self._waiting.append((self._prefix + key, self._wire.ask(limits, cost, known, partial=partial), answer))
         if not self._flushing:
             self._flushing = True
             loop.call_soon(self._flush)

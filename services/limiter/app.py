@@ -1,4 +1,4 @@
-"""The limiter, put together: Redis and its heartbeat, one limiter for keys and one for addresses, three stages."""
+"""The limiter, put together: Redis and its heartbeat, one limiter for keys and one for addresses, four stages."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from functools import partial
 
 from libs.common import micro, subjects, tasks
 from libs.common.bus import Bus
-from libs.common.contracts import AnsweredAccount, AuthenticatedDetect, RegisterRequest
+from libs.common.contracts import AnsweredAccount, AuthenticatedAdmission, AuthenticatedDetect, RegisterRequest
 from services.limiter import adapters, handlers
 from services.limiter.core import PER_ADDRESS, PER_KEY, Policy
 from services.limiter.failover import Health, Limiter
 from services.limiter.settings import Settings
+
+BATCH_IN_FLIGHT = 256
 
 
 @asynccontextmanager
@@ -35,6 +37,12 @@ async def parts(bus: Bus, settings: Settings, *, per_key: Policy = PER_KEY) -> A
         PER_ADDRESS, adapters.RedisStore(client, PER_ADDRESS, "rl:v1:address:"), health, bus.clock, settings.limiter_local_keys
     )
     bus.stage(subjects.DETECT_AUTHENTICATED, AuthenticatedDetect, partial(handlers.admit, limiter=keys, rng=rng))
+    bus.stage(
+        subjects.BATCH_AUTHENTICATED,
+        AuthenticatedAdmission,
+        partial(handlers.admit_many, limiter=keys, rng=rng),
+        max_in_flight=BATCH_IN_FLIGHT,
+    )
     bus.stage(subjects.ACCOUNT_ANSWERED, AnsweredAccount, partial(handlers.answered, limiter=keys))
     bus.stage(
         subjects.REGISTER_REQUEST,

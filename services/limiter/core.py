@@ -6,6 +6,7 @@ The rule, for one window of `seconds` W and one key with a limit L:
   and remembers the time of its *last* admission.
 * A slot's units are free again `span` = W + guard after that last admission, all at once.
 * A call of cost n is admitted when the units in all slots plus n are at most L, in every window; otherwise it costs nothing.
+  A partial call takes as much of n as that allows, and is never refused: whoever paces work by it has not overrun anything.
 
 Never more than L in W. Take any half-open span of W that holds admitted units, and let t be the last admission in it. Every
 other unit in the span was admitted after t - W, its slot's last admission is no earlier, so its slot had not been freed at t
@@ -90,13 +91,15 @@ class Decision:
     """What became of a call, by window where there are several.
 
     `used`: units that count against the limit after this call. `reset_ms`: milliseconds until a unit is free, 0 when one is.
-    `refused`: calls refused within the first window, this one included, up to `REFUSALS_KEPT`.
+    `refused`: calls refused within the first window, this one included, up to `REFUSALS_KEPT`. `granted`: units that were taken;
+    a partial call may have been granted none and is admitted all the same.
     """
 
     admitted: bool
     used: tuple[int, ...]
     reset_ms: tuple[int, ...]
     refused: int
+    granted: int
 
 
 class _Slots:
@@ -167,15 +170,25 @@ class KeyState:
         self._raise_to(policy, used, now_ms)
 
     def decide(
-        self, policy: Policy, limits: Sequence[int], cost: int, clock_ms: int, known: Sequence[int] | None = None
+        self,
+        policy: Policy,
+        limits: Sequence[int],
+        cost: int,
+        clock_ms: int,
+        known: Sequence[int] | None = None,
+        *,
+        partial: bool = False,
     ) -> Decision:
-        """Admit `cost` units in every window or in none; cost 0 only looks.
+        """Admit `cost` units in every window or in none (`partial`: as many of them as fit into all); cost 0 only looks.
 
         `known`: units that at least are in use, whatever this state says; what is missing counts as admitted now.
         """
         now_ms = self._advance(policy, clock_ms)
         if known is not None:
             self._raise_to(policy, known, now_ms)
+        if partial:
+            room = min(limit - slots.total for slots, limit in zip(self._slots, limits, strict=True))
+            cost = max(0, min(cost, room))
         admitted = cost == 0 or all(slots.total + cost <= limit for slots, limit in zip(self._slots, limits, strict=True))
         if not admitted:
             self._refusals.append(now_ms)
@@ -192,6 +205,7 @@ class KeyState:
                 for slots, limit, window in zip(self._slots, limits, policy.windows, strict=True)
             ),
             len(self._refusals),
+            cost if admitted else 0,
         )
 
     def _advance(self, policy: Policy, clock_ms: int) -> int:

@@ -19,9 +19,10 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from libs.common.clock import Clock
-from services.limiter.core import MAX_LIMIT, Decision, KeyStates, Policy
+from services.limiter.core import MAX_LIMIT, Decision, KeyState, KeyStates, Policy
 from services.limiter.ports import Heartbeat, RateStore, StoreUnavailableError
 
 log = logging.getLogger(__name__)
@@ -94,8 +95,10 @@ class Limiter:
         self._clock = clock
         self._states = KeyStates(policy, max_keys)
 
-    async def decide(self, key: str, limits: Sequence[int], cost: int) -> tuple[Decision, bool]:
-        """Admit `cost` units of `key` in every window or in none (0: only look); and whether the store had no part in it."""
+    async def decide(self, key: str, limits: Sequence[int], cost: int, *, partial: bool = False) -> tuple[Decision, bool]:
+        """Admit `cost` units of `key` in every window or in none (0: only look; `partial`: as many as fit); and whether the store
+        had no part in it.
+        """
         limits = tuple(min(limit, MAX_LIMIT) for limit in limits)
         cost = min(cost, MAX_LIMIT + 1)
         state = self._states.get(key)
@@ -103,17 +106,28 @@ class Limiter:
         if self._health.up:
             known = None if state.synced == outages else state.used(self._policy, self._clock_ms())
             try:
-                decision = await self._store.decide(key, limits, cost, known)
+                decision = await self._store.decide(key, limits, cost, known, partial=partial)
             except StoreUnavailableError:
                 self._health.lost()
             else:
-                state.record(self._policy, cost if decision.admitted else 0, decision.used, self._clock_ms())
+                state.record(self._policy, decision.granted, decision.used, self._clock_ms())
                 state.synced = outages
                 return decision, False
+        if partial:
+            return self._decide_partial(state, limits, cost), True
         lowest = min(limits)
         if cost <= lowest:
             cost = min(cost * self._health.replicas, lowest)
         return state.decide(self._policy, limits, cost, self._clock_ms()), True
+
+    def _decide_partial(self, state: KeyState, limits: tuple[int, ...], cost: int) -> Decision:
+        """What fits when each unit counts once for every replica; a whole limit that is below their number is one unit."""
+        replicas, now_ms = self._health.replicas, self._clock_ms()
+        room = min(limit - used for limit, used in zip(limits, state.used(self._policy, now_ms), strict=True))
+        lowest = min(limits)
+        granted = max(0, min(cost, room // replicas)) or int(cost > 0 and 0 < room == lowest)
+        decision = state.decide(self._policy, limits, min(granted * replicas, lowest), now_ms)
+        return replace(decision, granted=granted)
 
     def _clock_ms(self) -> int:
         return int(self._clock.monotonic() * 1000)

@@ -6,7 +6,16 @@ import random
 
 from libs.common.bus import Answer, Forward
 from libs.common.context import RequestContext
-from libs.common.contracts import AdmittedDetect, AnsweredAccount, AuthenticatedDetect, Principal, RateState, RegisterRequest
+from libs.common.contracts import (
+    Admission,
+    AdmittedDetect,
+    AnsweredAccount,
+    AuthenticatedAdmission,
+    AuthenticatedDetect,
+    Principal,
+    RateState,
+    RegisterRequest,
+)
 from libs.common.errors import ErrorCode, PortcullisError
 from libs.common.subjects import DETECT_ADMITTED, REGISTER_ADMITTED
 from services.limiter.core import Decision, address_key, retry_after_seconds
@@ -29,6 +38,21 @@ async def admit(message: AuthenticatedDetect, _: RequestContext, limiter: Limite
     if not decision.admitted:
         raise RateLimitedError(_refusal(principal, rate, cost), retry_after_seconds(decision.refused, rng), rate)
     return Forward(DETECT_ADMITTED, AdmittedDetect(principal=principal, rate=rate, payload=message.payload, cost=cost))
+
+
+async def admit_many(message: AuthenticatedAdmission, _: RequestContext, limiter: Limiter, rng: random.Random) -> Answer:
+    """Take units for many texts: all of them, or, where the request is `partial`, as many as there is room for.
+
+    Raises `RateLimitedError`, unless the request is partial: that it was granted nothing is an answer.
+    """
+    principal, cost = message.principal, message.cost
+    limits = (principal.limit_minute, principal.limit_day)
+    decision, degraded = await limiter.decide(principal.key_id, limits, cost, partial=message.partial)
+    rate = _rate(principal, decision, degraded)
+    if not decision.admitted:
+        raise RateLimitedError(_refusal(principal, rate, cost), retry_after_seconds(decision.refused, rng), rate)
+    granted = decision.granted if message.partial else cost
+    return Answer(Admission(principal=principal, granted=granted, rate=rate), rate=rate)
 
 
 async def register(message: RegisterRequest, _: RequestContext, limiter: Limiter, rng: random.Random, per_hour: int) -> Forward:

@@ -8,9 +8,9 @@ A key's whole state is one string of at most 1.3 kB, packed (little endian) as
 Times of slots are modulo 2^32 ms (49 days): the state is gone after the longest window without a call, so that none is older.
 All numbers are whole and below 2^53, which Lua's doubles hold exactly.
 
-ARGV[1] is a packed list of the windows (d span, d width each); ARGV[i + 1] belongs to KEYS[i]: d cost, then for each window
-d limit, d units known to be in use. The answer has a string for each key: B admitted, B refused, then for each window d used,
-d milliseconds to the next free unit.
+ARGV[1] is a packed list of the windows (d span, d width each); ARGV[i + 1] belongs to KEYS[i]: d cost, B partial, then for each
+window d limit, d units known to be in use. The answer has a string for each key: B admitted, B refused, d granted, then for each
+window d used, d milliseconds to the next free unit.
 """
 
 from __future__ import annotations
@@ -94,18 +94,22 @@ local function decide(key, ask)
         for w = 1, windows do window[w] = {opened = 0, total = 0, n = 0, slots = ''} end
     end
 
-    local cost = unpack('<d', ask)
+    local cost, partial = unpack('<dB', ask)
     local limits, admitted, changed = {}, 1, cost > 0
     for w = 1, windows do
         local known
-        limits[w], known = unpack('<dd', ask, 16 * w - 7)
+        limits[w], known = unpack('<dd', ask, 16 * w - 6)
         if known > window[w].total then
             add(window[w], known - window[w].total, now, widths[w])
             changed = true
         end
+        if partial == 1 then cost = math.max(0, math.min(cost, limits[w] - window[w].total)) end
+    end
+    for w = 1, windows do
         if cost > 0 and window[w].total + cost > limits[w] then admitted = 0 end
     end
     if admitted == 0 then
+        cost = 0
         refusals = refusals .. pack('<I4', now % M)
         refused = refused + 1
         if refused > REFUSALS_KEPT then
@@ -116,7 +120,7 @@ local function decide(key, ask)
         for w = 1, windows do add(window[w], cost, now, widths[w]) end
     end
 
-    local answer = pack('<BB', admitted, refused)
+    local answer = pack('<BBd', admitted, refused, cost)
     for w = 1, windows do
         local excess, reset = window[w].total - limits[w], 0
         if excess >= 0 then
@@ -156,15 +160,15 @@ class Wire:
     def __init__(self, policy: Policy) -> None:
         windows = len(policy.windows)
         self.windows = b"".join(struct.pack("<dd", window.span_ms, window.width_ms) for window in policy.windows)
-        self._ask = struct.Struct("<d" + "dd" * windows)
-        self._answer = struct.Struct("<BB" + "dd" * windows)
+        self._ask = struct.Struct("<dB" + "dd" * windows)
+        self._answer = struct.Struct("<BBd" + "dd" * windows)
         self._nothing_known = (0,) * windows
 
-    def ask(self, limits: Sequence[int], cost: int, known: Sequence[int] | None) -> bytes:
+    def ask(self, limits: Sequence[int], cost: int, known: Sequence[int] | None, *, partial: bool = False) -> bytes:
         pairs = zip(limits, known or self._nothing_known, strict=True)
-        return self._ask.pack(cost, *(number for pair in pairs for number in pair))
+        return self._ask.pack(cost, partial, *(number for pair in pairs for number in pair))
 
     def decision(self, answer: bytes) -> Decision:
         """Raises `struct.error` for anything but an answer of the script."""
-        admitted, refused, *numbers = self._answer.unpack(answer)
-        return Decision(admitted == 1, tuple(map(int, numbers[0::2])), tuple(map(int, numbers[1::2])), refused)
+        admitted, refused, granted, *numbers = self._answer.unpack(answer)
+        return Decision(admitted == 1, tuple(map(int, numbers[0::2])), tuple(map(int, numbers[1::2])), refused, int(granted))

@@ -15,7 +15,9 @@ class StoreUnavailableError(Exception):
 class RateStore(Protocol):
     """The states of all keys under one policy, shared by every replica."""
 
-    async def decide(self, key: str, limits: Sequence[int], cost: int, known: Sequence[int] | None) -> Decision:
+    async def decide(
+        self, key: str, limits: Sequence[int], cost: int, known: Sequence[int] | None, *, partial: bool = False
+    ) -> Decision:
         """As `core.KeyState.decide`, by the store's own clock. Raises `StoreUnavailableError` within 0.1 s."""
         ...
 

@@ -10,7 +10,7 @@ from services.detector_proxy.ports import Engine
 from services.detector_proxy.settings import DetectorProxySettings
 
 SPARE_CONNECTIONS = 4
-"""Beyond the bulkhead, for health checks."""
+"""Beyond the bulkheads, for health checks."""
 
 
 def http_engine(settings: DetectorProxySettings, url: str) -> Engine:
@@ -18,7 +18,7 @@ def http_engine(settings: DetectorProxySettings, url: str) -> Engine:
     client = HttpClient(
         url,
         token=settings.engine_token.get_secret_value() if settings.engine_token else None,
-        max_connections=settings.engine_max_concurrency + SPARE_CONNECTIONS,
+        max_connections=settings.engine_max_concurrency + settings.engine_batch_concurrency + SPARE_CONNECTIONS,
     )
     if settings.engine_kind == "tei":
         return TeiEngine(client, settings.engine_name, settings.benign_labels)

@@ -1,4 +1,5 @@
-"""A pool of workers on NATS: `model.v1.<pool>`, one queue group, `ModelRequest` in and `ModelResult` out.
+"""A pool of workers on NATS: `model.v1.<pool>`, one queue group, `ModelRequest` in and `ModelResult` out; many texts at a time
+go to `model.v1.<pool>.batch`, where the workers take them as bulk work.
 
 The queue group picks a worker at random. One that is full says so at once, and one that hangs says nothing: in both cases the
 request is sent again, and goes to another with good odds. (One that dies is the bus's matter: it sends again by itself.) A pool
@@ -7,7 +8,8 @@ without any worker is known within a millisecond and costs nothing to ask, so th
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Protocol, TypeVar
 
 import msgspec
 
@@ -15,22 +17,26 @@ from libs.common import micro
 from libs.common.bus import NoRespondersError, Response
 from libs.common.clock import Clock
 from libs.common.context import RequestContext, new_request_id, new_traceparent
-from libs.common.contracts import DetectPayload, Message, ModelRequest, ModelResult
+from libs.common.contracts import DetectPayload, ErrorBody, Message, ModelItemResults, ModelItems, ModelRequest, ModelResult
 from libs.common.errors import ErrorCode, PortcullisError
-from libs.common.subjects import DEFAULT_POOL, POOL_PING, model_pool
+from libs.common.subjects import DEFAULT_POOL, POOL_PING, model_pool, model_pool_batch
 from services.detector_proxy.metrics import POOL_RETRIES
-from services.detector_proxy.ports import EngineError, EngineResult, Health
+from services.detector_proxy.ports import EngineError, EngineResult, Health, Outcome
 
 MAX_ATTEMPTS = 3
 ATTEMPT_SECONDS = 1.0
 ATTEMPT_SECONDS_PER_CHARACTER = 5e-5
 """How long one worker may take before another is tried: a worker that has not even begun after a second would have said "busy",
 and 100 000 characters take it seconds."""
+BULK_ATTEMPT_SECONDS = 5.0
+"""The same for many texts, which wait for single ones, and for what came before them."""
 MARGIN_SECONDS = 0.005
 """An attempt ends that much before the caller would cancel it: what came of it is then known, and counted, for certain."""
 PING_SECONDS = 0.2
 
 _decode = msgspec.json.Decoder(ModelResult).decode
+_decode_many = msgspec.json.Decoder(ModelItemResults).decode
+_R = TypeVar("_R")
 
 
 class _Ping(msgspec.Struct):
@@ -63,12 +69,40 @@ class PoolEngine:
         self._bus = bus
         self._pool = pool
         self._subject = model_pool(pool)
+        self._bulk_subject = model_pool_batch(pool)
 
     async def detect(self, payload: DetectPayload, context: RequestContext, timeout_seconds: float) -> EngineResult:
         """Raises `EngineError`: absent, busy, no_answer (counted if a worker had its full time), rejected, malformed, failed."""
         request = ModelRequest(text=payload.text, detailed=payload.detailed)
-        ends = self._bus.clock.now() + timeout_seconds - MARGIN_SECONDS
         patience = ATTEMPT_SECONDS + ATTEMPT_SECONDS_PER_CHARACTER * len(payload.text)
+        return await self._attempts(self._subject, request, _result, context, timeout_seconds, patience)
+
+    async def detect_many(
+        self, payloads: Sequence[DetectPayload], context: RequestContext, timeout_seconds: float
+    ) -> list[Outcome]:
+        """As `detect`. That no answer came is never held against the pool: bulk work may have waited for too much else."""
+        texts = tuple(payload.text for payload in payloads)
+        request = ModelItems(texts=texts, detailed=any(payload.detailed for payload in payloads))
+        patience = BULK_ATTEMPT_SECONDS + ATTEMPT_SECONDS_PER_CHARACTER * sum(map(len, texts))
+
+        def outcomes(raw: msgspec.Raw) -> list[Outcome]:
+            return _outcomes(raw, len(texts))
+
+        try:
+            return await self._attempts(self._bulk_subject, request, outcomes, context, timeout_seconds, patience)
+        except EngineError as error:
+            raise EngineError(error.reason, counts=error.counts and error.reason != "no_answer") from None
+
+    async def _attempts(
+        self,
+        subject: str,
+        request: Message,
+        read: Callable[[msgspec.Raw], _R],
+        context: RequestContext,
+        timeout_seconds: float,
+        patience: float,
+    ) -> _R:
+        ends = self._bus.clock.now() + timeout_seconds - MARGIN_SECONDS
         failure = EngineError("no_time", counts=False)
         counts = False
         for attempt in range(1, MAX_ATTEMPTS + 1):
@@ -79,7 +113,8 @@ class PoolEngine:
                 POOL_RETRIES.labels(self._pool, failure.reason).inc()
             last = attempt == MAX_ATTEMPTS or remaining <= patience
             try:
-                return await self._ask(request, context, remaining if last else patience, full=remaining >= patience)
+                answer = await self._ask(subject, request, context, remaining if last else patience, full=remaining >= patience)
+                return read(answer)
             except EngineError as error:
                 failure = error
                 counts = counts or error.counts
@@ -87,7 +122,7 @@ class PoolEngine:
                     break  # no other worker would say otherwise
         raise EngineError(failure.reason, counts=counts)
 
-    async def _ask(self, request: ModelRequest, context: RequestContext, seconds: float, *, full: bool) -> EngineResult:
+    async def _ask(self, subject: str, request: Message, context: RequestContext, seconds: float, *, full: bool) -> msgspec.Raw:
         # The worker gets this attempt's deadline: what we no longer wait for, it does not begin.
         attempt = RequestContext(
             deadline_ms=int((self._bus.clock.now() + seconds) * 1000),
@@ -96,7 +131,7 @@ class PoolEngine:
             attempt_of=context.attempt_of,
         )
         try:
-            response = await self._bus.request(self._subject, request, attempt, idempotent=True)
+            response = await self._bus.request(subject, request, attempt, idempotent=True)
         except NoRespondersError:
             raise EngineError("absent", counts=False) from None
         except PortcullisError as error:
@@ -105,15 +140,9 @@ class PoolEngine:
             if error.code == ErrorCode.PAYLOAD_TOO_LARGE:
                 raise EngineError("rejected", counts=False) from None
             raise EngineError("absent", counts=False) from error
-        problem = response.reply.error
-        if problem is None:
-            return _result(response.reply.result)
-        if problem.code == ErrorCode.OVERLOADED:
-            raise EngineError("busy", counts=False)
-        if problem.code in (ErrorCode.BAD_REQUEST, ErrorCode.INVALID_FIELD, ErrorCode.PAYLOAD_TOO_LARGE):
-            raise EngineError("rejected", counts=False)
-        # A worker that reports a failure is alive; one bad text must not shut the pool for all.
-        raise EngineError("failed", counts=False)
+        if response.reply.error is not None:
+            raise _failure(response.reply.error)
+        return response.reply.result
 
     async def health(self) -> Health:
         """Up when a worker of this pool answers that it is."""
@@ -136,11 +165,40 @@ class PoolEngine:
         """Nothing of its own to close."""
 
 
+def _failure(problem: ErrorBody) -> EngineError:
+    if problem.code == ErrorCode.OVERLOADED:
+        return EngineError("busy", counts=False)
+    if problem.code in (ErrorCode.BAD_REQUEST, ErrorCode.INVALID_FIELD, ErrorCode.PAYLOAD_TOO_LARGE):
+        return EngineError("rejected", counts=False)
+    # A worker that reports a failure is alive; one bad text must not shut the pool for all.
+    return EngineError("failed", counts=False)
+
+
 def _result(raw: msgspec.Raw) -> EngineResult:
     try:
-        result = _decode(raw)
+        return _judgement(_decode(raw))
     except (ValueError, RecursionError):
         raise EngineError("malformed") from None
+
+
+def _outcomes(raw: msgspec.Raw, expected: int) -> list[Outcome]:
+    try:
+        items = _decode_many(raw).results
+    except (ValueError, RecursionError):
+        raise EngineError("malformed") from None
+    if len(items) != expected:
+        raise EngineError("malformed")
+    return [
+        _judgement(item.result)
+        if item.result is not None
+        else _failure(item.error)
+        if item.error is not None
+        else EngineError("malformed")
+        for item in items
+    ]
+
+
+def _judgement(result: ModelResult) -> EngineResult:
     return EngineResult(
         confidence=result.confidence,
         model=result.model,

@@ -84,6 +84,20 @@ def refusal(code: ErrorCode, *, retry_after: int | None = None, fields: tuple[Fi
     return Reply(error=body, rate=RATE)
 
 
+def admitted(message: Message) -> Reply:
+    assert isinstance(message, contracts.AdmissionRequest)
+    principal = contracts.Principal(key_id=KEY[8:20], scopes=("batch",), limit_minute=70, limit_day=50_000)
+    return Reply(result=raw(contracts.Admission(principal=principal, granted=message.cost, rate=RATE)), rate=RATE)
+
+
+def judged(message: Message) -> Reply:
+    """A verdict for every text: malicious those that say "ignore"."""
+    assert isinstance(message, contracts.DetectItems)
+    benign = msgspec.structs.replace(VERDICT, is_malicious=False, confidence=0.1, threat_types=())
+    verdicts = [VERDICT if "ignore" in text.lower() else benign for text in message.texts]
+    return Reply(result=raw(contracts.ItemResults(results=tuple(contracts.ItemResult(verdict=each) for each in verdicts))))
+
+
 @dataclass(frozen=True, slots=True)
 class Answered:
     reply: Reply
@@ -105,6 +119,8 @@ class FakeStages:
         nothing = Reply(rate=RATE)
         self.behaviours: dict[str, Behaviour] = {
             subjects.DETECT_REQUEST: Reply(result=raw(VERDICT), rate=RATE),
+            subjects.BATCH_REQUEST: admitted,
+            subjects.BATCH_ITEMS: judged,
             subjects.REGISTER_REQUEST: Reply(result=raw(ISSUED)),
             subjects.ACCOUNT_PROFILE: record,
             subjects.ACCOUNT_ROTATE: issued,
@@ -122,8 +138,12 @@ class FakeStages:
         }
         self.repeatable: dict[str, bool] = {}
         self.expected: list[tuple[str, int]] = []
+        self.tokens: list[tuple[str, str | None]] = []
 
-    async def request(self, subject: str, message: Message, context: RequestContext, *, idempotent: bool = False) -> Answered:
+    async def request(
+        self, subject: str, message: Message, context: RequestContext, *, idempotent: bool = False, token: str | None = None
+    ) -> Answered:
+        self.tokens.append((subject, token))
         self.repeatable[subject] = idempotent
         self.asked.append((subject, message, context))
         behaviour = self.behaviours.get(subject, PortcullisError(ErrorCode.STAGE_UNAVAILABLE))

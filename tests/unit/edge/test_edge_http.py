@@ -165,7 +165,7 @@ async def test_a_bug_is_a_problem_and_tells_nothing(client: httpx.AsyncClient, s
 
 
 async def test_paths_and_methods_that_are_not_there(client: httpx.AsyncClient) -> None:
-    for path in ("/", "/nothing", "/v1/detect/", "/v1/detect/batch", "/v1/jobs/1", "/docs/assets/other.js"):
+    for path in ("/", "/nothing", "/v1/detect/", "/v1/detect/batch/", "/v1/jobs/1", "/docs/assets/other.js"):
         assert_problem(await client.get(path), 404, "not_found")
     response = await client.get("/v1/detect")
     assert_problem(response, 405, "method_not_allowed")
@@ -530,7 +530,7 @@ async def test_health(client: httpx.AsyncClient, stages: FakeStages) -> None:
 async def test_a_stopping_edge_is_not_ready_and_closes_its_connections(stages: FakeStages) -> None:
     gate = gate_of(stages)
     async with client_of(gate) as client:
-        gate.stopping = True
+        gate.stop.set()
         response = await client.get("/health/ready")
         assert (response.status_code, response.headers["connection"]) == (503, "close")
         response = await client.post("/v1/detect", json=TEXT, headers=KEYED)

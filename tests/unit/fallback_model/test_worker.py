@@ -28,7 +28,10 @@ def model() -> Model:
 
 
 def make(model: Model, limits: Limits | None = None) -> Detector:
-    return Detector(model, lambda loaded: Batcher(list(loaded.sessions), limits or Limits(), ManualClock()), 1)
+    def batcher(loaded: Model) -> Batcher:
+        return Batcher(list(loaded.sessions), limits or Limits(), ManualClock())
+
+    return Detector(model, batcher, batcher, 1)
 
 
 def test_threat_types_are_those_of_the_contract() -> None:

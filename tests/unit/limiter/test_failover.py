@@ -24,13 +24,15 @@ class FakeStore:
         self.states: dict[str, KeyState] = {}
         self._clock = clock
 
-    async def decide(self, key: str, limits: Sequence[int], cost: int, known: Sequence[int] | None) -> Decision:
+    async def decide(
+        self, key: str, limits: Sequence[int], cost: int, known: Sequence[int] | None, *, partial: bool = False
+    ) -> Decision:
         self.asked += 1
         await asyncio.sleep(0)
         if self.away:
             raise StoreUnavailableError
         state = self.states.setdefault(key, KeyState(PER_KEY))
-        return state.decide(PER_KEY, limits, cost, int(self._clock.monotonic() * 1000), known)
+        return state.decide(PER_KEY, limits, cost, int(self._clock.monotonic() * 1000), known, partial=partial)
 
     async def beat(self) -> int:
         self.beats += 1

@@ -32,11 +32,13 @@ class Store:
         self.policy, self.clock, self.away = policy, clock, False
         self.states: dict[str, KeyState] = {}
 
-    async def decide(self, key: str, limits: Sequence[int], cost: int, known: Sequence[int] | None) -> Decision:
+    async def decide(
+        self, key: str, limits: Sequence[int], cost: int, known: Sequence[int] | None, *, partial: bool = False
+    ) -> Decision:
         if self.away:
             raise StoreUnavailableError
         state = self.states.setdefault(key, KeyState(self.policy))
-        return state.decide(self.policy, limits, cost, int(self.clock.monotonic() * 1000), known)
+        return state.decide(self.policy, limits, cost, int(self.clock.monotonic() * 1000), known, partial=partial)
 
     async def beat(self) -> int:
         return 1
