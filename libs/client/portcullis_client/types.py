@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from datetime import datetime
+from typing import Any
 
 import msgspec
 
@@ -137,10 +137,8 @@ class IssuedKey(Record, frozen=True):
     expires_at: datetime | None = None
     previous_valid_until: datetime | None = None
 
-    def __rich_repr__(self) -> Iterator[tuple[str, object]]:
-        for name in self.__struct_fields__:
-            if name != "api_key":
-                yield name, getattr(self, name)
+    def __rich_repr__(self) -> list[tuple[str, Any]]:
+        return [(name, getattr(self, name)) for name in self.__struct_fields__ if name != "api_key"]
 
     def __repr__(self) -> str:
         return f"IssuedKey({', '.join(f'{name}={value!r}' for name, value in self.__rich_repr__())})"
