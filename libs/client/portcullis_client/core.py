@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import uuid
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ KEY_VARIABLE = "PORTCULLIS_API_KEY"
 ADMIN_VARIABLE = "PORTCULLIS_ADMIN_TOKEN"
 DEFAULT_URL = "http://127.0.0.1:8000"
 
+_ERRNO = re.compile(r"^\[Errno -?\d+\] ")
 _MARGIN_SECONDS = 2.0
 """How much longer than the gateway's deadline an answer is waited for: it says itself that it is late."""
 _STREAM_MARGIN_SECONDS = 30.0
@@ -96,7 +98,8 @@ class Core:
             unsent = isinstance(error, (httpx.ConnectTimeout, httpx.PoolTimeout))
             raise ConnectionFailedError(f"{self.address} does not answer in time.", sent=not unsent) from None
         except httpx.ConnectError as error:
-            raise ConnectionFailedError(f"{self.address} cannot be reached: {error}", sent=False) from None
+            said = _ERRNO.sub("", str(error))
+            raise ConnectionFailedError(f"{self.address} cannot be reached: {said}", sent=False) from None
         except httpx.TransportError as error:
             said = str(error) or type(error).__name__
             raise ConnectionFailedError(f"The connection to {self.address} broke off: {said}", sent=True) from None
