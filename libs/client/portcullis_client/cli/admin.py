@@ -57,7 +57,7 @@ def list_keys(session: Session, as_json: bool) -> None:
         for record in found:
             terminal.print_json(record)
         return
-    rows = terminal.table("key id", "name", "scopes", "per minute", "per day", "texts", "malicious", "state")
+    rows = terminal.table("key id", "name", "scopes", "/minute", "/day", "texts", "malicious", "state")
     for record in found:
         rows.add_row(
             record.key_id,

@@ -129,12 +129,12 @@ def scan(
     finally:
         journal.close()
     tally = journal.tally
-    if not quiet:
+    if not quiet and tally.total:
         _summary(tally, journal.resumed, time.monotonic() - began)
     if stopped is not None:
         of = f" of {total:,}" if total is not None else ""
         onward = "; the same command goes on from here" if output is not None and file != "-" else ""
-        terminal.say(f"portcullis: {stopped}: {tally.total:,}{of} done{onward}", "red")
+        terminal.say(f"portcullis: {stopped}; {tally.total:,}{of} done{onward}", "red")
         return code
     if tally.failed:
         return NOT_JUDGED

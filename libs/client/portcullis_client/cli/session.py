@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,7 +92,9 @@ def line_of(error: PortcullisError) -> str:
             said += f"; is the gateway up, and {URL_VARIABLE} right?"
         case errors.RateLimitedError() if error.retry_after:
             said += f"; try again in {duration(error.retry_after)}"
-    return f"{said} (request id {error.request_id})" if error.request_id else said
+    if error.request_id is None or isinstance(error, errors.InvalidCredentialsError):
+        return said
+    return f"{said} (request id {error.request_id})"
 
 
 def duration(seconds: float) -> str:
@@ -102,10 +103,10 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def run(command: click.Command) -> int:
+def run(command: click.Command, arguments: list[str] | None = None) -> int:
     """Run the command line; returns its exit code. No error ends in a traceback, unless it is a bug."""
     try:
-        code: Callable[..., Any] | int | None = command.main(prog_name="portcullis", standalone_mode=False)
+        code: object = command.main(arguments, prog_name="portcullis", standalone_mode=False)
         return code if isinstance(code, int) else 0
     except click.Abort:
         terminal.say("portcullis: interrupted")

@@ -90,7 +90,7 @@ class Source:
     def _csv(self, delimiter: str) -> Iterator[Row]:
         csv.field_size_limit(2**31 - 1)
         with self._opened(newline="") as file:
-            reader = csv.DictReader(file, delimiter=delimiter)
+            reader = csv.DictReader(file, delimiter=delimiter, strict=True)
             try:
                 self._require(list(reader.fieldnames or ()))
                 for number, fields in enumerate(reader, 1):

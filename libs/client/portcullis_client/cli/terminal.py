@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from datetime import datetime
 from typing import Any
 
@@ -13,7 +14,10 @@ from rich.text import Text
 from portcullis_client.calls import encode
 from portcullis_client.types import Verdict
 
-out = Console(highlight=False, soft_wrap=True)
+_WIDE = 200
+"""Columns where nobody looks: a file or a pipe gets lines, and tables that are not cut."""
+
+out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else _WIDE)
 err = Console(highlight=False, soft_wrap=True, stderr=True)
 
 _DETAILS = ("reason", "spans", "transforms", "timings")
@@ -42,7 +46,10 @@ def fields_of(verdict: Verdict, *, detailed: bool) -> dict[str, Any]:
 
 
 def table(*headings: str) -> Table:
-    return Table(*headings, box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    """The first column, which identifies, is never cut."""
+    made = Table(*headings, box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    made.columns[0].no_wrap, made.columns[0].overflow = True, "ignore"
+    return made
 
 
 def facts(rows: list[tuple[str, Any]]) -> Table:
