@@ -45,6 +45,12 @@ _service name package:
         python infra/embedded/child.py --optional \
         --environment "${PORTCULLIS_HOME:-.portcullis}/environments/{{ name }}.json" -- python -m services.{{ name }}
 
+# What became of jobs on the running stack: jobs dead-letters, jobs dead-letters --replay JOB
+[no-exit-message]
+jobs *arguments: _runtime
+    @exec {{ python }} infra/embedded/child.py --optional \
+        --environment "${PORTCULLIS_HOME:-.portcullis}/environments/jobs.json" -- {{ python }} -m services.jobs "$@"
+
 # The whole test suite, or parts of it: test tests/unit -k limiter
 [no-exit-message]
 test *arguments: _development

@@ -59,6 +59,7 @@ HEALTHY: tuple[tuple[str, dict[str, str]], ...] = (
         },
     ),
     ("fallback-model", {}),
+    ("jobs", {}),
 )
 
 
