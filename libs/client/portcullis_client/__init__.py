@@ -37,6 +37,7 @@ from portcullis_client.types import (
     Span,
     Transform,
     Verdict,
+    Webhook,
 )
 
 __all__ = [
@@ -74,4 +75,5 @@ __all__ = [
     "UnexpectedAnswerError",
     "UnsupportedMediaTypeError",
     "Verdict",
+    "Webhook",
 ]

@@ -113,13 +113,18 @@ class AsyncClient:
         threshold: float | None = None,
         detailed: bool = False,
         idempotency_key: str | None = None,
+        webhook_url: str | None = None,
     ) -> Job:
-        """Hand in texts to be judged later, as the key's limits allow. With the same `idempotency_key` it is the same job."""
+        """Hand in texts to be judged later, as the key's limits allow: all of them, or none if one is not valid.
+
+        With the same `idempotency_key` it is the same job, and `ConflictError` if the texts are others. `webhook_url`: told when
+        the job is over, signed with the answer's `webhook.secret`.
+        """
         with Spool() as spool:
             async for item in as_async(items):
                 spool.add(item)
             key = idempotency_key or new_idempotency_key()
-            return await self._do(calls.submit_job(spool, key, threshold=threshold, detailed=detailed))
+            return await self._do(calls.submit_job(spool, key, threshold=threshold, detailed=detailed, webhook_url=webhook_url))
 
     async def job(self, job_id: str) -> Job:
         """How far a job is."""
@@ -140,7 +145,7 @@ class AsyncClient:
             await self._sleep(polling.pause(job))
         return job
 
-    async def results(self, job_id: str, *, after: int = 0, follow: bool = False) -> AsyncIterator[ItemResult]:
+    async def results(self, job_id: str, *, after: str | None = None, follow: bool = False) -> AsyncIterator[ItemResult]:
         """The stored results after the one whose `cursor` is `after`; with `follow`, until the job has finished.
 
         A connection that breaks off is taken up again where it was.

@@ -127,7 +127,7 @@ class _Line(types.Record, frozen=True):
 
     index: int | None = None
     id: str | None = None
-    cursor: int | None = None
+    cursor: str | None = None
     is_malicious: bool | None = None
     error: errors.Problem | None = None
     summary: _Stopped | None = None
@@ -159,12 +159,15 @@ def result_line(line: bytes) -> types.ItemResult | End | None:
 # --- jobs ----------------------------------------------------------------------------------------------------------------
 
 
-def submit_job(body: Body, idempotency_key: str, *, threshold: float | None, detailed: bool) -> Call[types.Job]:
+def submit_job(
+    body: Body, idempotency_key: str, *, threshold: float | None, detailed: bool, webhook_url: str | None
+) -> Call[types.Job]:
+    """`body`: NDJSON, one item a line."""
     return Call(
         "POST",
         "/v1/detect/batch",
         _read_job,
-        params=config_params(threshold, detailed=detailed),
+        params=config_params(threshold, detailed=detailed) | _given(webhook_url=webhook_url),
         body=body,
         content_type=NDJSON,
         headers={"Prefer": "respond-async", "Idempotency-Key": idempotency_key},
@@ -179,8 +182,8 @@ def jobs(before: str | None, limit: int | None) -> Call[types.JobPage]:
     return Call("GET", "/v1/jobs", _read_jobs, params=_given(before=before, limit=None if limit is None else str(limit)))
 
 
-def job_results(job_id: str, after: int) -> Call[None]:
-    return Call("GET", f"/v1/jobs/{_segment(job_id)}/results", _nothing, params={"after": str(after)}, accept=NDJSON)
+def job_results(job_id: str, after: str | None) -> Call[None]:
+    return Call("GET", f"/v1/jobs/{_segment(job_id)}/results", _nothing, params=_given(after=after), accept=NDJSON)
 
 
 def cancel_job(job_id: str) -> Call[None]:

@@ -168,7 +168,7 @@ class Polling:
         seconds, self._pause_seconds = self._pause_seconds, min(self._pause_seconds * 1.5, 5.0)
         if self._left_seconds is not None:
             if self._left_seconds <= 0:
-                raise JobUnfinishedError(f"Job {job.job_id} is {job.state}: {job.done} of {job.total} done.")
+                raise JobUnfinishedError(f"Job {job.id} is {job.state}: {job.done} of {job.total} done.")
             seconds = min(seconds, self._left_seconds)
             self._left_seconds -= seconds
         return seconds
@@ -177,7 +177,7 @@ class Polling:
 class Reading:
     """The stored results of a job, from a cursor on, whatever happens to the connection."""
 
-    def __init__(self, retry: Retry, job_id: str, after: int) -> None:
+    def __init__(self, retry: Retry, job_id: str, after: str | None) -> None:
         self._retry = retry
         self._job_id = job_id
         self._after = after

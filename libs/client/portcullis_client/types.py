@@ -80,7 +80,7 @@ class ItemResult(Record, frozen=True):
     id: str | None = None
     verdict: Verdict | None = None
     error: PortcullisError | None = None
-    cursor: int | None = None
+    cursor: str | None = None
 
     def unwrap(self) -> Verdict:
         """The verdict. Raises the error when there is none."""
@@ -92,10 +92,23 @@ class ItemResult(Record, frozen=True):
 # --- jobs ----------------------------------------------------------------------------------------------------------------
 
 
+class Webhook(Record, frozen=True):
+    """Who is told when a job is over. `secret`: what that is signed with; shown once, to whoever submits, and in no repr."""
+
+    url: str
+    secret: str | None = None
+
+    def __rich_repr__(self) -> list[tuple[str, Any]]:
+        return [("url", self.url)]
+
+    def __repr__(self) -> str:
+        return f"Webhook(url={self.url!r})"
+
+
 class Job(Record, frozen=True):
     """An asynchronous batch. `done` counts the items that have a result; `malicious` and `failed` are parts of it."""
 
-    job_id: str
+    id: str
     state: str
     total: int
     done: int
@@ -107,6 +120,7 @@ class Job(Record, frozen=True):
     items_per_second: float | None = None
     estimated_end_at: datetime | None = None
     reason: str | None = None
+    webhook: Webhook | None = None
 
     @property
     def finished(self) -> bool:

@@ -18,7 +18,7 @@ VERDICT = {
     "request_id": "r1", "degraded": False, "coverage": {"tokens": 9, "windows": 1, "truncated": False},
 }  # fmt: skip
 JOB = {
-    "job_id": "0" * 28, "state": "running", "total": 3, "done": 1, "malicious": 0, "failed": 0,
+    "id": "0" * 28, "state": "running", "total": 3, "done": 1, "malicious": 0, "failed": 0,
     "created_at": "2026-11-25T10:00:00.000Z",
 }  # fmt: skip
 

@@ -207,7 +207,12 @@ def test_the_key_is_in_no_repr_and_no_log(face: Make, caplog: pytest.LogCaptureF
     with pytest.raises(pc.InvalidCredentialsError) as caught:
         face(gateway).detect("secret text")
     shown = [repr(Client(api_key=KEY)), repr(AsyncClient(api_key=KEY)), repr(caught.value), repr(gateway.requests[0].headers)]
-    shown += [repr(IssuedKey(api_key=KEY, **_plain())), str(IssuedKey(api_key=KEY, **_plain())), caplog.text]
+    shown += [
+        repr(pc.Webhook(url="https://hooks", secret=KEY)),
+        repr(IssuedKey(api_key=KEY, **_plain())),
+        str(IssuedKey(api_key=KEY, **_plain())),
+        caplog.text,
+    ]
     assert not [text for text in shown if KEY in text or "secret text" in text]
 
 
@@ -281,15 +286,15 @@ def test_only_what_is_given_is_changed(face: Make) -> None:
 
 def test_a_job_is_submitted_once_however_often_it_is_sent(face: Make) -> None:
     gateway = Gateway(httpx.ReadError("reset"), problem("overloaded", 429, retry_after=1), httpx.Response(202, json=JOB))
-    job = face(gateway).submit_job(["a", Item(text="b", id="7")], threshold=0.5)
-    assert (job.job_id, job.finished) == ("0" * 28, False)
+    job = face(gateway).submit_job(["a", Item(text="b", id="7")], threshold=0.5, webhook_url="https://hooks/x?y")
+    assert (job.id, job.finished) == ("0" * 28, False)
     assert len({(request.headers["idempotency-key"], request.content) for request in gateway.requests}) == 1
     request = gateway.requests[-1]
     assert request.headers["prefer"] == "respond-async"
     assert request.headers["content-type"] == "application/x-ndjson"
     assert int(request.headers["content-length"]) == len(request.content)
     assert [json.loads(line) for line in request.content.splitlines()] == [{"text": "a"}, {"id": "7", "text": "b"}]
-    assert dict(request.url.params) == {"confidence_threshold": "0.5"}
+    assert dict(request.url.params) == {"confidence_threshold": "0.5", "webhook_url": "https://hooks/x?y"}
 
 
 def test_a_large_job_comes_from_a_file_and_can_be_sent_again(face: Make) -> None:
@@ -316,18 +321,18 @@ def test_waiting_for_a_job_in_vain(face: Make) -> None:
 
 def test_results_go_on_where_the_connection_broke_off(face: Make) -> None:
     def breaks_off(request: httpx.Request) -> httpx.Response:
-        return httpx.Response(200, stream=_Broken(json.dumps(result(4, cursor=11)).encode() + b"\n" + b'{"index": 5, "cur'))
+        return httpx.Response(200, stream=_Broken(json.dumps(result(4, cursor="11")).encode() + b"\n" + b'{"index": 5, "cur'))
 
-    gateway = Gateway(breaks_off, problem("stage_unavailable", 503, retry_after=1), ndjson(result(5, cursor=12)))
-    results = face(gateway).results("j", after=10)
-    assert [(each.index, each.cursor) for each in results] == [(4, 11), (5, 12)]
+    gateway = Gateway(breaks_off, problem("stage_unavailable", 503, retry_after=1), ndjson(result(5, cursor="12")))
+    results = face(gateway).results("j", after="10")
+    assert [(each.index, each.cursor) for each in results] == [(4, "11"), (5, "12")]
     assert [request.url.params["after"] for request in gateway.requests] == ["10", "11", "11"]
 
 
 def test_following_a_job_misses_nothing_that_is_stored_last(face: Make) -> None:
     running, done = httpx.Response(200, json=JOB), httpx.Response(200, json=JOB | {"state": "done"})
-    gateway = Gateway(running, ndjson(result(0, cursor=1)), done, ndjson(result(1, cursor=2)))
-    assert [each.cursor for each in face(gateway).results("j", follow=True)] == [1, 2]
+    gateway = Gateway(running, ndjson(result(0, cursor="1")), done, ndjson(result(1, cursor="2")))
+    assert [each.cursor for each in face(gateway).results("j", follow=True)] == ["1", "2"]
 
 
 class _Broken(httpx.SyncByteStream, httpx.AsyncByteStream):

@@ -311,7 +311,7 @@ def test_a_job_is_submitted_with_the_rows_as_ids(shell: Shell, tmp_path: Path) -
     source.write_text('{"text": "a", "id": "x"}\n\n{"text": "b"}\n')
     gateway = Gateway(httpx.Response(202, json=JOB))
     code, out, _ = shell(gateway, "jobs", "submit", source)
-    assert (code, out) == (0, f"{JOB['job_id']}\n")
+    assert (code, out) == (0, f"{JOB['id']}\n")
     sent = [json.loads(line) for line in gateway.requests[0].content.splitlines()]
     assert sent == [{"id": "x", "text": "a"}, {"id": "3", "text": "b"}]
     source.write_text('{"text": 5}\n')
@@ -333,11 +333,11 @@ def test_a_jobs_end_is_its_exit_code(shell: Shell) -> None:
 
 def test_job_results_are_appended_behind_the_last_whole_line(shell: Shell, tmp_path: Path) -> None:
     output = tmp_path / "out.jsonl"
-    output.write_bytes(b'{"cursor": 4, "index": 0}\n{"cursor": 5, "ind')
-    gateway = Gateway(ndjson(result(1, cursor=5, id="x"), {"index": 2, "cursor": 6, "error": item_problem("no_engine", 503)}))
+    output.write_bytes(b'{"cursor": "4", "index": 0}\n{"cursor": "5", "ind')
+    gateway = Gateway(ndjson(result(1, cursor="5", id="x"), {"index": 2, "cursor": "6", "error": item_problem("no_engine", 503)}))
     assert shell(gateway, "jobs", "results", "j", "-o", output)[0] == 0
     assert gateway.requests[0].url.params["after"] == "4"
-    assert [row["cursor"] for row in rows_of(output)] == [4, 5, 6]
+    assert [row["cursor"] for row in rows_of(output)] == ["4", "5", "6"]
     assert rows_of(output)[2]["error"]["code"] == "no_engine"
     output.write_text("something else\n")
     assert shell(Gateway(), "jobs", "results", "j", "-o", output)[0] == 2

@@ -30,6 +30,7 @@ def jobs() -> None:
 @threshold_option
 @click.option("-d", "--detailed", is_flag=True, help="Say why, in each result.")
 @click.option("--idempotency-key", metavar="KEY", help="Submitted again with the same key, it is the same job.")
+@click.option("--webhook", "webhook_url", metavar="URL", help="Told when the job is over (Standard Webhooks).")
 @click.option("--wait", "wait_for_it", is_flag=True, help="Wait until it has finished.")
 @pass_session
 def submit(
@@ -41,6 +42,7 @@ def submit(
     threshold: float | None,
     detailed: bool,
     idempotency_key: str | None,
+    webhook_url: str | None,
     wait_for_it: bool,
 ) -> int:
     """Submit every text of FILE; the job's id goes to standard output.
@@ -50,12 +52,20 @@ def submit(
     source = source_of(file, chosen, text_column, id_column)
     with session.client() as client:
         try:
-            job = client.submit_job(_items(source), threshold=threshold, detailed=detailed, idempotency_key=idempotency_key)
+            job = client.submit_job(
+                _items(source),
+                threshold=threshold,
+                detailed=detailed,
+                idempotency_key=idempotency_key,
+                webhook_url=webhook_url,
+            )
         except ValueError as error:
             raise Complaint(f"{file}: {error}") from None
         terminal.say(f"{job.total:,} texts submitted", "dim")
-        terminal.out.print(job.job_id, markup=False)
-        return _waited(client, job.job_id, None) if wait_for_it else 0
+        if job.webhook is not None and job.webhook.secret is not None:
+            terminal.say(f"The webhook's secret, shown this once: {job.webhook.secret}")
+        terminal.out.print(job.id, markup=False)
+        return _waited(client, job.id, None) if wait_for_it else 0
 
 
 def _items(source: Source) -> Iterator[Item]:
@@ -80,7 +90,7 @@ def list_jobs(session: Session, limit: int, as_json: bool) -> None:
     rows = terminal.table("job", "state", "done", "of", "malicious", "failed", "submitted")
     for job in page.jobs:
         counts = (f"{count:,}" for count in (job.done, job.total, job.malicious, job.failed))
-        rows.add_row(job.job_id, job.state, *counts, terminal.shown(job.created_at))
+        rows.add_row(job.id, job.state, *counts, terminal.shown(job.created_at))
     terminal.out.print(rows)
 
 
@@ -102,14 +112,14 @@ def show(session: Session, job_id: str, as_json: bool) -> None:
     type=click.Path(dir_okay=False, path_type=Path),
     help="Append to this file, after what it has already.  [default: standard output]",
 )
-@click.option("--after", type=click.IntRange(min=0), metavar="CURSOR", help="Only what comes after this cursor.")
+@click.option("--after", metavar="CURSOR", help="Only what comes after this cursor.")
 @click.option("-f", "--follow", is_flag=True, help="Until the job has finished.")
 @pass_session
-def results(session: Session, job_id: str, output: Path | None, after: int | None, follow: bool) -> None:
+def results(session: Session, job_id: str, output: Path | None, after: str | None, follow: bool) -> None:
     """The results so far, one line of JSON each, in the order of completion."""
     if output is None:
         with session.client() as client:
-            for result in client.results(job_id, after=after or 0, follow=follow):
+            for result in client.results(job_id, after=after, follow=follow):
                 terminal.print_json(_document(result))
         return
     with output.open("a+b") as file, session.client() as client:
@@ -120,12 +130,12 @@ def results(session: Session, job_id: str, output: Path | None, after: int | Non
 
 
 class _Cursor(msgspec.Struct):
-    cursor: int
+    cursor: str
 
 
-def _last_cursor(file: IO[bytes], path: Path) -> int:
+def _last_cursor(file: IO[bytes], path: Path) -> str | None:
     """The cursor of the last whole line; a line that was interrupted is cut off. Raises `Complaint`."""
-    cursor = end = 0
+    cursor, end = None, 0
     file.seek(0)
     for number, line in enumerate(file, 1):
         if not line.endswith(b"\n"):
@@ -189,7 +199,7 @@ def _show(job: Job, *, as_json: bool) -> None:
     terminal.err.print(
         terminal.facts(
             [
-                ("job", job.job_id),
+                ("job", job.id),
                 ("state", job.state),
                 ("reason", job.reason),
                 ("done", f"{job.done:,} of {job.total:,}"),
