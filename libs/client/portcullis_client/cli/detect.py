@@ -55,8 +55,8 @@ def _standard_input() -> str:
 
 
 def _show(verdict: Verdict, text: str) -> None:
-    line = Text("MALICIOUS", "bold red") if verdict.is_malicious else Text("benign", "bold green")
-    line.append(f"  {verdict.confidence:.3f}", "default")
+    line = Text.assemble(("MALICIOUS", "bold red") if verdict.is_malicious else ("benign", "bold green"))
+    line.append(f"  {verdict.confidence:.3f}")
     if verdict.threat_types:
         line.append("  " + terminal.printable(", ".join(verdict.threat_types)), "yellow")
     line.append(f"  {terminal.printable(verdict.endpoint)}", "dim")
@@ -73,6 +73,6 @@ def _show(verdict: Verdict, text: str) -> None:
         part = text[span.start : span.end]
         shortened = part if len(part) <= _CONTEXT_CHARACTERS else part[: _CONTEXT_CHARACTERS - 1] + "…"
         said = f"  {span.start}-{span.end}  {span.score:.3f}  "
-        terminal.out.print(Text(said, "dim").append(terminal.printable(shortened), "default"))
+        terminal.out.print(Text.assemble((said, "dim"), terminal.printable(shortened)))
     for transform in verdict.transforms:
         terminal.out.print(Text(f"  undone: {terminal.printable(transform.name)}, {transform.count}x", "dim"))

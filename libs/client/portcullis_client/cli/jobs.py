@@ -8,6 +8,7 @@ from typing import IO
 
 import click
 import msgspec
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from portcullis_client.calls import encode
@@ -65,7 +66,7 @@ def submit(
         if job.webhook is not None and job.webhook.secret is not None:
             terminal.say(f"The webhook's secret, shown this once: {job.webhook.secret}")
         terminal.out.print(job.id, markup=False)
-        return _waited(client, job.id, None) if wait_for_it else 0
+        return _waited(client, job.id, None, terminal.err) if wait_for_it else 0
 
 
 def _items(source: Source) -> Iterator[Item]:
@@ -101,7 +102,7 @@ def list_jobs(session: Session, limit: int, as_json: bool) -> None:
 def show(session: Session, job_id: str, as_json: bool) -> None:
     """How far a job is."""
     with session.client() as client:
-        _show(client.job(job_id), as_json=as_json)
+        _show(client.job(job_id), terminal.out, as_json=as_json)
 
 
 @jobs.command()
@@ -156,7 +157,7 @@ def cancel(session: Session, job_id: str) -> None:
     """Cancel a job; what it has judged stays."""
     with session.client() as client:
         client.cancel(job_id)
-        _show(client.job(job_id), as_json=False)
+        _show(client.job(job_id), terminal.out)
 
 
 @jobs.command(epilog=EXIT_CODES)
@@ -166,10 +167,10 @@ def cancel(session: Session, job_id: str) -> None:
 def wait(session: Session, job_id: str, seconds: float | None) -> int:
     """Wait until a job has finished, and say how it went."""
     with session.client() as client:
-        return _waited(client, job_id, seconds)
+        return _waited(client, job_id, seconds, terminal.out)
 
 
-def _waited(client: Client, job_id: str, seconds: float | None) -> int:
+def _waited(client: Client, job_id: str, seconds: float | None, console: Console) -> int:
     progress = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -186,17 +187,17 @@ def _waited(client: Client, job_id: str, seconds: float | None) -> int:
             progress.update(task, total=job.total, completed=job.done, description=job.state)
 
         job = client.wait(job_id, timeout_seconds=seconds, on_progress=tell)
-    _show(job, as_json=False)
+    _show(job, console)
     if job.state != "done" or job.failed:
         return NOT_JUDGED
     return MALICIOUS if job.malicious else 0
 
 
-def _show(job: Job, *, as_json: bool) -> None:
+def _show(job: Job, console: Console, *, as_json: bool = False) -> None:
     if as_json:
         terminal.print_json(job)
         return
-    terminal.err.print(
+    console.print(
         terminal.facts(
             [
                 ("job", job.id),
@@ -208,7 +209,7 @@ def _show(job: Job, *, as_json: bool) -> None:
                 ("submitted", job.created_at),
                 ("started", job.started_at),
                 ("finished", job.finished_at),
-                ("a second", None if job.finished else job.items_per_second),
+                ("texts a second", None if job.finished else job.items_per_second),
                 ("expected end", None if job.finished else job.estimated_end_at),
             ]
         )

@@ -147,7 +147,7 @@ def _parquet_file(path: str) -> Any:
         import pyarrow.parquet as parquet  # an extra that few need
         from pyarrow import ArrowInvalid
     except ImportError:
-        raise Complaint("Parquet files need pyarrow: pip install 'portcullis-client[parquet]'") from None
+        raise Complaint("Parquet files need pyarrow, which portcullis-client[parquet] brings") from None
     try:
         return parquet.ParquetFile(path)
     except ArrowInvalid:
