@@ -141,6 +141,22 @@ def test_the_exit_code_is_the_verdict(stack: Stack) -> None:
     assert (unknown.returncode, unknown.stdout, unknown.stderr.count("\n")) == (3, "", 1)
 
 
+def test_a_scan_whose_reader_has_gone_does_not_end_as_benign(stack: Stack, tmp_path: Path) -> None:
+    source = tmp_path / "in.txt"
+    source.write_text(f"{BENIGN}\n" * 2000)
+    command = f"{PORTCULLIS} scan --quiet {source} | head -n 1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], env=environment(stack), capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout.count("\n"), done.stderr) == (3, 1, "")
+
+
+def test_detailed_results_of_full_portions_do_not_stand_still(client: Client) -> None:
+    """A body is sent whole before any of the answer is read: it must never be the gateway that waits for the reader."""
+    texts = [f"{number} {ATTACK} " * 4 for number in range(1500)]
+    results = list(client.detect_many(texts, detailed=True))
+    assert sorted(each.index for each in results) == list(range(len(texts)))
+    assert all(each.unwrap().reason for each in results)
+
+
 def lines_of(path: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 

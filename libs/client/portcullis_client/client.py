@@ -34,7 +34,7 @@ class Client:
     timeout_seconds: until when a verdict must be there; the gateway is told, and may have a shorter limit of its own.
     retry: how persistent calls are; see `Retry`.
     on_wait: called before each pause with the reason and the seconds.
-    transport: httpx's, for proxies, certificates or tests.
+    transport, sleep: httpx's transport, for proxies, certificates or tests; and what pauses.
 
     All calls raise `PortcullisError`, of the class that fits, and only that.
     """

@@ -7,6 +7,7 @@ import re
 import uuid
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager
+from importlib.metadata import version
 from tempfile import SpooledTemporaryFile
 from typing import Any, TypeVar
 
@@ -62,7 +63,7 @@ class Core:
 
     def settings(self) -> dict[str, Any]:
         """For httpx's two clients alike."""
-        return {"base_url": self.url, "headers": {"User-Agent": "portcullis-client"}}
+        return {"base_url": self.url, "headers": {"User-Agent": f"portcullis-client/{version('portcullis-client')}"}}
 
     def request(self, call: Call[Any], *, streamed: bool = False) -> dict[str, Any]:
         """The arguments of httpx's `request` and `stream`, but for a body that is not in memory."""

@@ -122,7 +122,7 @@ def run(command: click.Command, arguments: list[str] | None = None) -> int:
         return NOT_JUDGED
     except BrokenPipeError:  # the reader (head, less) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return NOT_JUDGED
     except OSError as error:
         terminal.say(f"portcullis: {error.filename or 'a file'}: {error.strerror}", "red")
         return USAGE
