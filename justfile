@@ -82,8 +82,10 @@ bench *arguments: _runtime
 # Train the detector anew on DATA, in an environment of its own (torch is large); see services/fallback_model/training
 [no-cd]
 train data *arguments: _training
-    @data=$(cd "$1" && pwd) && shift && cd "{{ justfile_directory() }}" && \
-        exec {{ training }}/bin/python -m services.fallback_model.training --data "$data" \
+    @export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false && \
+        data=$(cd "$1" && pwd) && shift && cd "{{ justfile_directory() }}" && \
+        exec {{ training }}/bin/python -m torch.distributed.run --standalone --nproc-per-node 2 \
+        -m services.fallback_model.training --data "$data" \
         --out services/fallback_model/models/portcullis-minilm-v1 "$@"
 
 # Mend what can be mended by itself

@@ -31,7 +31,7 @@ MAX_UNDER_WAY = 1024
 MAX_CHARACTERS_UNDER_WAY = 512_000
 
 FAST_SECONDS, SLOW_SECONDS = 0.25, 0.5
-"""Between these, the time that a message takes is left as it is."""
+"""How long a message may have waited for others: below the one there may be more of them, above the other there are too many."""
 _BACK = 0.25
 
 _ITEM = msgspec.json.Decoder(BatchItem)
@@ -285,12 +285,14 @@ class Pace:
     """How many items of one batch may be under way, by how long messages take.
 
     It begins with one, so that the first result comes as soon as that of a single text, doubles with each round trip while
-    messages are fast, and falls back when they are slow: what is under way is about what is done in `SLOW_SECONDS`, however
-    many workers there are and whoever else keeps them busy.
+    messages hardly wait, and falls back when they do. How long one waits is what it takes beyond the shortest time that any took
+    (as TCP Vegas has it), so an engine that is far away is no reason to ask it less. What waits is about what is done in
+    `SLOW_SECONDS`, however many workers there are and whoever else keeps them busy.
     """
 
     def __init__(self) -> None:
         self._limit = 1.0
+        self._shortest = math.inf
         self._items = 0
         self._characters = 0
 
@@ -312,9 +314,11 @@ class Pace:
 
     def answered(self, items: int, seconds: float) -> None:
         """A message of so many items took so long; they are under way until `end`."""
-        if seconds <= FAST_SECONDS:
+        self._shortest = min(self._shortest, seconds)
+        waited = seconds - self._shortest
+        if waited <= FAST_SECONDS:
             self._limit = min(float(MAX_UNDER_WAY), self._limit + items)
-        elif seconds > SLOW_SECONDS:
+        elif waited > SLOW_SECONDS:
             self._limit = max(1.0, self._limit - _BACK * items)
 
     def end(self, items: int, characters: int) -> None:

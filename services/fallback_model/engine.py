@@ -150,6 +150,16 @@ class Scores:
     threats: Floats
 
 
+def inputs(rows: list[Ids]) -> dict[str, Ids]:
+    """Windows padded to the longest of them: `input_ids` and `attention_mask`, [rows, tokens]."""
+    ids = np.zeros((len(rows), max(map(len, rows))), dtype=np.int64)
+    mask = np.zeros_like(ids)
+    for index, row in enumerate(rows):
+        ids[index, : len(row)] = row
+        mask[index, : len(row)] = 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
 class Session:
     """One onnxruntime session. Build it in the process that uses it: sessions do not survive `fork`."""
 
@@ -173,17 +183,11 @@ class Session:
 
     def run(self, rows: list[Ids]) -> Scores:
         """Scores of windows; they are padded to the longest of them."""
-        longest = max(map(len, rows))
-        ids = np.zeros((len(rows), longest), dtype=np.int64)
-        mask = np.zeros((len(rows), longest), dtype=np.int64)
-        for index, row in enumerate(rows):
-            ids[index, : len(row)] = row
-            mask[index, : len(row)] = 1
-        feeds = {"input_ids": ids}
-        if "attention_mask" in self._inputs:
-            feeds["attention_mask"] = mask
+        feeds = inputs(rows)
+        if "attention_mask" not in self._inputs:
+            del feeds["attention_mask"]
         if "token_type_ids" in self._inputs:
-            feeds["token_type_ids"] = np.zeros_like(ids)
+            feeds["token_type_ids"] = np.zeros_like(feeds["input_ids"])
         outputs = self._session.run(None, feeds)
         if self._card.malicious:
             return _foreign_scores(np.asarray(outputs[0], dtype=np.float32), self._card)

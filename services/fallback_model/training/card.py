@@ -17,7 +17,7 @@ attempt. It is the engine of Portcullis' fallback pool.
 
 - **Form**: all-MiniLM-L6-v2 (a BERT of 6 layers, 384 wide, 22.7 million parameters, English WordPiece vocabulary), fine-tuned; the first
   token's state, the mean and the maximum over tokens go into two linear heads: malicious or not, and six threat types. ONNX, weights
-  int8 per channel, activations quantised as they come.
+  rounded to 7 bits of int8 per channel, activations to 8 bits with fixed scales: a text's result does not depend on its neighbours.
 - **Input**: windows of {max_tokens} tokens that overlap by {overlap}. Every text is spelt in ASCII first (look-alikes folded, other
   scripts transliterated by `anyascii`), since the vocabulary is English.
 - **Output**: `logit` [rows] and `threats` [rows, 6]. A text's logit is that of its worst window less {window_penalty} x ln(windows).
@@ -41,8 +41,8 @@ Trained on 50 902 labelled texts of 42 sources, among them: deepset prompt-injec
 spikee, SPML, in-the-wild jailbreaks, LLMail-Inject, neuralchemy (MIT or Apache-2.0), WildGuardMix (ODC-BY 1.0); benign: Dolly (CC BY-SA
 3.0), UltraChat (MIT), OASST1, XQuAD (CC BY-SA 4.0), CLINC150 (CC BY 3.0), BANKING77, Taskmaster (CC BY 4.0), awesome-chatgpt-prompts
 (CC0-1.0) and software documentation (BSD-3-Clause, Apache-2.0, MIT); and on texts made for this project during training: a grammar of English
-attacks and harmless look-alikes, phrases in 24 other languages, carriers with and without an attack, small damage and encodings. No text is
-contained in the release. The base model is Apache-2.0; the weights are released under Apache-2.0.
+attacks and harmless look-alikes, texts written by hand in English and 27 other languages (`training/texts`), carriers with and without an
+attack, small damage and encodings. No text is contained in the release. The base model is Apache-2.0; the weights are released under Apache-2.0.
 
 Training: `python -m services.fallback_model.training`, plan: {plan}.
 

@@ -6,22 +6,32 @@ import json
 import math
 import random
 import tempfile
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+from tokenizers import Tokenizer
 
+from services.fallback_model.characters import spell
 from services.fallback_model.detector import Model
-from services.fallback_model.engine import FORMAT
+from services.fallback_model.engine import FORMAT, inputs
 from services.fallback_model.eval import direct, metrics
 from services.fallback_model.eval.corpus import Row, find_sets, read_rows
 from services.fallback_model.eval.direct import Scored
 from services.fallback_model.labels import THREATS
 from services.fallback_model.training import calibrate, card, export
 from services.fallback_model.training.calibrate import Array
+from services.fallback_model.training.samples import CLS, SEP
+from services.fallback_model.training.train import bare_tokenizer
+from services.fallback_model.windows import Ids
 
-MAX_TOKENS = 128
-OVERLAP = 40
+MAX_TOKENS = 256
+OVERLAP = 64
+RANGE_COVERAGE = 0.9999
+"""Share of a batch's values that the range of an activation holds: a few are so far out that they would coarsen all others."""
+_MEASURED = 600
+_MEASURED_ROWS = 16
 _LONG_DOCUMENTS = 60
 _COMPARED = 1500
 """Texts of `valid` on which int8 is compared with float32, which takes twice the time."""
@@ -46,8 +56,12 @@ def release(weights: Path, base: Path, data: Path, out: Path, name: str, seed: i
     compared = sets | {"valid": random.Random(seed).sample(valid, min(len(valid), _COMPARED))}
     with tempfile.TemporaryDirectory() as folder:
         full = Path(folder)
-        export.write_onnx(export.load_weights(weights), full / "model.onnx")
-        export.quantise(full / "model.onnx", out / "model.onnx", export.head_nodes(full / "model.onnx"))
+        network = export.load_weights(weights)
+        activations = export.write_onnx(network, full / "model.onnx", MAX_TOKENS)
+        texts = random.Random(seed).sample(read_rows(data / "train.jsonl.zst"), _MEASURED)
+        feeds = _batches([spell(row.text) for row in texts], bare_tokenizer(base / "tokenizer.json"))
+        ranges = export.measure_ranges(full / "model.onnx", activations, feeds, RANGE_COVERAGE)
+        export.write_onnx(network, out / "model.onnx", MAX_TOKENS, ranges)
         (full / "tokenizer.json").write_bytes((out / "tokenizer.json").read_bytes())
         for directory in (full, out):
             _write_config(directory, _config(name, 0.5, (1.0, 0.0), [0.0] * len(THREATS), 0.0))
@@ -74,6 +88,14 @@ def release(weights: Path, base: Path, data: Path, out: Path, name: str, seed: i
     (out / "MODEL_CARD.md").write_text(card.write(name, config, figures, weights.parent / "plan.json"), encoding="utf-8")
     (weights.parent / "figures.json").write_text(json.dumps(asdict(figures), indent=1), encoding="utf-8")
     return figures
+
+
+def _batches(texts: list[str], tokenizer: Tokenizer) -> Iterator[dict[str, Ids]]:
+    """Inputs of the network for the beginnings of texts, of like length together."""
+    room = MAX_TOKENS - 2
+    rows = sorted(([CLS, *found.ids[:room], SEP] for found in tokenizer.encode_batch(texts, add_special_tokens=False)), key=len)
+    for first in range(0, len(rows), _MEASURED_ROWS):
+        yield inputs([np.array(row, dtype=np.int64) for row in rows[first : first + _MEASURED_ROWS]])
 
 
 def _compare(quantised: Path, exact: Path, sets: dict[str, list[Row]]) -> dict[str, float]:

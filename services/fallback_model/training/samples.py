@@ -11,15 +11,21 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 import zstandard
 
 from services.fallback_model.characters import spell
 from services.fallback_model.labels import THREATS
-from services.fallback_model.training import languages, phrases
+from services.fallback_model.training import phrases, written
 from services.fallback_model.training.carriers import pair
 from services.fallback_model.training.noise import damage, encoded
+
+Mixture = Literal["data", "all"]
+"""Mostly the rows of the data, or these and as much that is made up around them."""
+
+CLS, SEP, PAD = 101, 102, 0
+"""The base's special tokens."""
 
 NOISY: Final = frozenset({"mosscap", "neuralchemy", "wildguardmix"})
 # How often a source is drawn, beside the power of its size: small good ones more, template-made and easy ones less.
@@ -32,8 +38,6 @@ FACTORS: Final = {
     "augustus": 3.0,
     "llmail": 3.0,
     "gptfuzz": 3.0,
-    "mosscap": 0.8,
-    "neuralchemy": 1.0,
     "wildguardmix": 1.4,
     "in_the_wild_jailbreak": 1.3,
     "banking77": 0.5,
@@ -132,7 +136,7 @@ def _is_foreign(text: str) -> bool:
 class Sampler:
     """Draws samples without end; everything random comes from the seed."""
 
-    def __init__(self, rows: list[Row], seed: int) -> None:
+    def __init__(self, rows: list[Row], seed: int, mixture: Mixture, positions: dict[str, int] | None = None) -> None:
         rows = [spelt(row) for row in rows]
         self.rng = random.Random(seed)
         self.localiser = Localiser(rows)
@@ -144,7 +148,7 @@ class Sampler:
                 if row.label == label:
                     sources[row.source].append(row)
             self.groups[label] = sorted(sources.items())
-            self.weights[label] = [len(found) ** 0.7 * FACTORS.get(source, 1.0) for source, found in self.groups[label]]
+            self.weights[label] = [len(found) ** 0.85 * FACTORS.get(source, 1.0) for source, found in self.groups[label]]
         self.short_attacks = [row for row in rows if row.label and len(row.text) < 220 and not row.source.startswith("synth_e")]
         self.short_benign = [row for row in rows if not row.label and len(row.text) < 160]
         self.prose = [
@@ -154,16 +158,23 @@ class Sampler:
         for row in rows:
             if not row.label and row.lang != "en" and len(row.text) > 80:
                 self.foreign_prose[row.lang].append(row.text)
-        self._positions: dict[int, int] = {}
+        self.written = written.read_all()
+        self.english = self.written["en"]
+        self.foreign = [texts for language, texts in self.written.items() if language != "en"]
+        self._positions = positions or {}
+        self._sentences: dict[int, int] = {}
+        real = {"data": 0.8, "all": 0.56}[mixture]
+        own = 1 - real
         self._makers = [
-            (self._real_attack, 0.34),
-            (self._real_benign, 0.33),
-            (self._in_carrier, 0.09),
-            (self._own_english, 0.07),
-            (self._own_harmless, 0.055),
-            (self._own_foreign, 0.08),
-            (self._own_encoded, 0.015),
-            (self._real_mixed, 0.035),
+            (self._real_attack, 0.46 * real),
+            (self._real_benign, 0.50 * real),
+            (self._real_mixed, 0.04 * real),
+            (self._in_carrier, 0.26 * own),
+            (self._grammar_attack, 0.09 * own),
+            (self._grammar_harmless, 0.07 * own),
+            (self._written_english, 0.24 * own),
+            (self._written_foreign, 0.30 * own),
+            (self._own_encoded, 0.04 * own),
         ]
 
     def stream(self) -> Iterator[Sample]:
@@ -174,14 +185,12 @@ class Sampler:
     def _cut(self, row: Row) -> str:
         """A window of a long text: for an attack mostly where the attack is, else anywhere."""
         text, rng = row.text, self.rng
-        size = rng.randrange(180, 290) if row.foreign else rng.randrange(350, 560)
+        size = rng.randrange(180, 580) if row.foreign else rng.randrange(350, 1150)
         if len(text) <= size + 40:
             return text
         draw = rng.random()
-        if row.label and (row.source.startswith("synth_indirect") or draw < 0.45):
-            if id(row) not in self._positions:
-                self._positions[id(row)] = self.localiser.position(text)
-            start = self._positions[id(row)] - rng.randrange(0, size // 3)
+        if draw < self._known_share(row):
+            start = self._position(row) - rng.randrange(0, size // 3)
         elif draw < 0.75:
             start = 0
         elif draw < 0.85:
@@ -190,6 +199,20 @@ class Sampler:
             start = rng.randrange(len(text) - size // 2)
         start = max(0, min(start, len(text) - size // 2))
         return text[start : start + size].split(" ", 1)[-1] if start else text[:size]
+
+    def _known_share(self, row: Row) -> float:
+        """How often a window is placed on purpose: where an attack is, or where a harmless text looks most like one."""
+        if row.label:
+            return 1.0 if row.source.startswith("synth_indirect") else 0.45 if not self._positions else 0.7
+        return 0.4 if self._positions else 0.0
+
+    def _position(self, row: Row) -> int:
+        if self._positions and row.text in self._positions:
+            # Of a place that the network found only the window is known: begin anywhere about its start.
+            return self._positions[row.text] + self.rng.randrange(0, 250)
+        if id(row) not in self._sentences:
+            self._sentences[id(row)] = self.localiser.position(row.text)
+        return self._sentences[id(row)]
 
     def _pick(self, label: int) -> Row:
         _, found = self.rng.choices(self.groups[label], self.weights[label])[0]
@@ -202,14 +225,14 @@ class Sampler:
         text = self._cut(row)
         if self.rng.random() < 0.9:
             text = damage(text, self.rng)
-        return [Sample(text, 0.9 if noisy else 0.985, threat, 0.8 if noisy else 1.0)]
+        return [Sample(text, 0.95 if noisy else 0.985, threat)]
 
     def _real_benign(self) -> list[Sample]:
         row = self._pick(0)
         noisy = row.source in NOISY
-        return [Sample(damage(self._cut(row), self.rng), 0.08 if noisy else 0.01, -1, 0.8 if noisy else 1.0)]
+        return [Sample(damage(self._cut(row), self.rng), 0.04 if noisy else 0.01, -1)]
 
-    def _slice(self, text: str, most: int = 360) -> str:
+    def _slice(self, text: str, most: int = 800) -> str:
         """Up to `most` characters of a text, from anywhere in it."""
         size = self.rng.randrange(40, most)
         start = self.rng.randrange(max(1, len(text) - size))
@@ -222,56 +245,91 @@ class Sampler:
         draw = rng.random()
         prose = self._slice(rng.choice(self.prose))
         threat, threat_weight = -1, 0.0
-        if draw < 0.5:
+        other: written.Written | None = None
+        if draw < 0.25:
             bad, kind = phrases.attack(rng, "indirect" if rng.random() < 0.8 else "attack")
             threat, threat_weight = THREATS.index(kind), 0.3
-        elif draw < 0.75:
+        elif draw < 0.5:
+            bad = self.english.hidden(rng)
+        elif draw < 0.7:
             bad = rng.choice(self.short_attacks).text
         else:
-            language = rng.choice(list(languages.LANGUAGES))
-            bad = languages.attack(language, rng)
-            if language in self.foreign_prose and rng.random() < 0.7:
-                prose = self._slice(rng.choice(self.foreign_prose[language]), 170)
+            other = rng.choice(self.foreign)
+            bad = other.hidden(rng)
+            prose = self._foreign_prose(other) or prose
         draw = rng.random()
-        if draw < 0.45:
+        if draw < 0.3:
             good = phrases.calm(rng)
-        elif draw < 0.65:
+        elif draw < 0.45:
             good = phrases.harmless(rng)
-        elif draw < 0.8:
+        elif draw < 0.6:
             good = rng.choice(self.short_benign).text
+        elif draw < 0.8 and other is None:
+            good = rng.choice(self.english.lists["harmless"])
         else:
-            good = languages.harmless(rng.choice(list(languages.LANGUAGES)), rng)
+            good = rng.choice((other or rng.choice(self.foreign)).lists["harmless"])
         attacked, clean = pair(bad, good, prose, rng)
         return [
             Sample(damage(attacked, rng), 0.98, threat, 1.0, threat_weight, complete=True),
             Sample(damage(clean, rng), 0.01, -1),
         ]
 
-    def _own_english(self) -> list[Sample]:
+    def _foreign_prose(self, texts: written.Written) -> str | None:
+        """A harmless passage in the language, of the data or written; None where there is none."""
+        found = self.foreign_prose.get(texts.language)
+        if found and self.rng.random() < 0.5:
+            return self._slice(self.rng.choice(found), 400)
+        passage = texts.passage(self.rng)
+        return spell(passage) if passage and self.rng.random() < 0.85 else None
+
+    def _grammar_attack(self) -> list[Sample]:
         text, threat = phrases.attack(self.rng)
         return [Sample(damage(text, self.rng), 0.97, THREATS.index(threat), 1.0, 0.3)]
 
-    def _own_harmless(self) -> list[Sample]:
+    def _grammar_harmless(self) -> list[Sample]:
         text = phrases.harmless(self.rng)
         if self.rng.random() < 0.3:
             text += " " + (phrases.harmless(self.rng) if self.rng.random() < 0.5 else self.rng.choice(self.short_benign).text)
         return [Sample(damage(text, self.rng), 0.01, -1)]
 
-    def _own_foreign(self) -> list[Sample]:
-        rng = self.rng
-        language = rng.choice(list(languages.LANGUAGES))
-        if rng.random() < 0.5:
-            text = languages.attack(language, rng)
-            draw = rng.random()
-            if draw < 0.2:
-                text = rng.choice(self.short_benign).text + rng.choice([" ", "\n", ". "]) + text
-            elif draw < 0.35:
-                text = languages.harmless(language, rng) + rng.choice([" ", "\n"]) + text
-            return [Sample(damage(text, rng), 0.98, -1)]
-        text = languages.harmless(language, rng)
-        if rng.random() < 0.3 and language in self.foreign_prose:
-            text = self._slice(rng.choice(self.foreign_prose[language]), 170) + "\n" + text
+    def _written_english(self) -> list[Sample]:
+        rng, lists = self.rng, self.english.lists
+        draw = rng.random()
+        if draw < 0.38:
+            return [self._attack_of(self.english)]
+        if draw < 0.44:
+            return [Sample(damage(rng.choice(lists["tool_calls"]), rng), 0.98, THREATS.index("injection"), 1.0, 0.3)]
+        kinds, weights = (
+            ("harmless", "security", "assistant_prompts", "passages", "plain", "tool_calls_clean"),
+            (30, 14, 14, 16, 14, 12),
+        )
+        text = rng.choice(lists[rng.choices(kinds, weights)[0]])
+        if rng.random() < 0.12 and len(text) < 300:
+            text += rng.choice([" ", "\n"]) + rng.choice(lists[rng.choice(["harmless", "plain"])])
         return [Sample(damage(text, rng), 0.01, -1)]
+
+    def _written_foreign(self) -> list[Sample]:
+        rng = self.rng
+        texts = rng.choice(self.foreign)
+        if rng.random() < 0.5:
+            return [self._attack_of(texts)]
+        text = texts.harmless(rng)
+        if rng.random() < 0.25 and (prose := self._foreign_prose(texts)):
+            text = prose + "\n" + text
+        return [Sample(damage(text, rng), 0.01, -1)]
+
+    def _attack_of(self, texts: written.Written) -> Sample:
+        """An attack of a language, as it is or after or before something harmless."""
+        rng = self.rng
+        text, kind = texts.attack(rng)
+        draw = rng.random()
+        if draw < 0.15:
+            text = rng.choice(self.short_benign).text + rng.choice([" ", "\n", ". "]) + text
+        elif draw < 0.3:
+            text = rng.choice(texts.lists["harmless"]) + rng.choice([" ", "\n"]) + text
+        elif draw < 0.36:
+            text += rng.choice([" ", "\n"]) + rng.choice(texts.lists["harmless"])
+        return Sample(damage(text, rng), 0.98, THREATS.index(kind) if kind else -1, 1.0, 0.5)
 
     def _own_encoded(self) -> list[Sample]:
         """An encoded attack with the request to obey it, or an encoded harmless text with the request to read it."""

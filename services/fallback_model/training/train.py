@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 import os
 import random
 import time
@@ -20,37 +19,48 @@ from torch.nn import functional
 
 from services.fallback_model.characters import spell
 from services.fallback_model.labels import THREATS
+from services.fallback_model.training.locate import positions
 from services.fallback_model.training.network import Detector, load_base
-from services.fallback_model.training.samples import Sample, Sampler, read_rows
+from services.fallback_model.training.samples import CLS, PAD, SEP, Mixture, Sample, Sampler, read_rows
 
-CLS, SEP, PAD = 101, 102, 0
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the training that is shown one mixture of samples; `tokens` of all processes together, padding included."""
+
+    tokens: int
+    mixture: Mixture
 
 
 @dataclass(frozen=True)
 class Plan:
     """How long and how hard to train.
 
-    The length is counted in tokens, padding included, so it does not hang on the machine. `minutes` bounds it by the clock
-    as well: the learning rate then decays by whichever is nearer its end, and the run can no longer be repeated exactly.
+    The length is counted in tokens, so it does not hang on the machine. The learning rate rises over the first
+    `warm_up_tokens`, stays, and falls linearly over the last `decay_share` of all tokens (trapezoidal, as in Hu et al. 2024,
+    MiniCPM): so a run can be made longer without having been another run up to then.
     """
 
-    tokens: int = 7_000_000
-    minutes: float = math.inf
-    max_tokens: int = 128
-    batch_tokens: int = 2560
-    batch_rows: int = 64
-    learning_rate: float = 1.2e-4
+    stages: tuple[Stage, ...] = (Stage(7_000_000, "data"), Stage(10_000_000, "all"), Stage(3_700_000, "all"))
+    max_tokens: int = 256
+    batch_tokens: int = 6144
+    batch_rows: int = 160
+    learning_rate: float = 2e-4
     head_rate: float = 1e-3
-    warm_up: float = 0.05
-    final_share: float = 0.02
+    warm_up_tokens: int = 500_000
+    decay_share: float = 0.18
+    final_share: float = 0.01
     weight_decay: float = 0.01
     dropout: float = 0.1
     threat_share: float = 0.3
-    averaging: float = 0.998
+    averaging: float = 0.996
     pool: int = 3000
-    snapshot_every: float = 0.15
     seed: int = 17
-    threads: int = 2
+    threads: int = 1
+
+    @property
+    def tokens(self) -> int:
+        return sum(stage.tokens for stage in self.stages)
 
 
 @dataclass(frozen=True)
@@ -120,18 +130,17 @@ def collate(group: list[tuple[list[int], Sample]]) -> Batch:
 
 
 def loss_of(model: Detector, batch: Batch, plan: Plan) -> Tensor:
-    logits, threats = model(batch.ids, batch.mask)
-    binary = functional.binary_cross_entropy_with_logits(logits, batch.target, batch.weight, reduction="mean")
-    kinds = functional.binary_cross_entropy_with_logits(threats, batch.threat, reduction="none").sum(1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits, threats = model(batch.ids, batch.mask)
+    binary = functional.binary_cross_entropy_with_logits(logits.float(), batch.target, batch.weight, reduction="mean")
+    kinds = functional.binary_cross_entropy_with_logits(threats.float(), batch.threat, reduction="none").sum(1)
     return binary + plan.threat_share * (kinds * batch.threat_weight).sum() / len(logits)
 
 
-def rate(done: float, plan: Plan) -> float:
-    """Share of the full learning rate when the share `done` of the training is behind: linear warm-up, cosine decay."""
-    if done < plan.warm_up:
-        return done / plan.warm_up
-    turn = (done - plan.warm_up) / (1 - plan.warm_up)
-    return plan.final_share + (1 - plan.final_share) * 0.5 * (1 + math.cos(math.pi * min(1.0, turn)))
+def rate(tokens: float, plan: Plan) -> float:
+    """Share of the full learning rate after `tokens`: up, level, down."""
+    left = max(0.0, 1 - tokens / plan.tokens)
+    return min(1.0, (tokens + 1) / plan.warm_up_tokens, max(plan.final_share, left / plan.decay_share))
 
 
 def join_gradients(model: Detector, own: list[float]) -> list[float]:
@@ -154,70 +163,113 @@ def join_gradients(model: Detector, own: list[float]) -> list[float]:
     return joined
 
 
-def train(train_file: Path, base: Path, out: Path, plan: Plan, start: Path | None = None) -> Path:
-    """Trains and returns the path of the checkpoint (`weights.pt`) in `out`; snapshots of the average go there on the way.
+@dataclass
+class Progress:
+    """What a run needs in order to go on: kept after every stage."""
 
-    `start` is a checkpoint to go on from instead of the base weights.
+    model: Detector
+    average: Detector
+    optimizer: torch.optim.AdamW
+    stage: int = 0
+    steps: int = 0
+    tokens: float = 0.0
+
+    def save(self, path: Path) -> None:
+        torch.save(
+            {
+                "model": self.model.state_dict(),
+                "average": self.average.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "counts": [self.stage, self.steps, self.tokens],
+            },
+            path,
+        )
+
+    def load(self, path: Path) -> None:
+        state = torch.load(path, weights_only=True)
+        self.model.load_state_dict(state["model"])
+        self.average.load_state_dict(state["average"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.stage, self.steps, self.tokens = state["counts"]
+
+
+def begin(base: Path, plan: Plan) -> Progress:
+    """A run at its start: base weights, fresh heads, their average, and an optimizer."""
+    model = load_base(base / "model.safetensors", len(THREATS), plan.dropout)
+    heads = [*model.malicious.parameters(), *model.threats.parameters()]
+    known = {id(parameter) for parameter in heads}
+    body = [parameter for parameter in model.parameters() if id(parameter) not in known]
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": body, "lr": plan.learning_rate, "full": plan.learning_rate},
+            {"params": heads, "lr": plan.head_rate, "full": plan.head_rate},
+        ],
+        weight_decay=plan.weight_decay,
+        fused=True,
+    )
+    return Progress(model, copy.deepcopy(model), optimizer)
+
+
+def train(train_file: Path, base: Path, out: Path, plan: Plan, stages: int, *, resume: bool = False) -> Path:
+    """Trains and returns the path of the checkpoint (`weights.pt`, the average) in `out`.
+
+    `stages`: how many of the plan's stages to train for now.
+    `resume`: go on after the last stage that was finished there; the result is that of a run without a break.
     """
     if "WORLD_SIZE" in os.environ and not distributed.is_initialized():
         distributed.init_process_group("gloo")
     rank, world = (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
     torch.set_num_threads(plan.threads)
-    torch.manual_seed(plan.seed)
+    torch.manual_seed(plan.seed + 1000 * rank)
     out.mkdir(parents=True, exist_ok=True)
-    (out / "plan.json").write_text(json.dumps(asdict(plan), indent=1))
-    model = load_base(base / "model.safetensors", len(THREATS), plan.dropout)
-    if start is not None:
-        model.load_state_dict(torch.load(start, weights_only=True))
-    # Left as they are: two thirds of the weights, whose update would cost more than it gains, and words that no sample
-    # holds keep their meaning relative to those that one does.
-    model.words.weight.requires_grad = False
-    heads = [*model.malicious.parameters(), *model.threats.parameters()]
-    known = {id(parameter) for parameter in heads}
-    body = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
-    optimizer = torch.optim.AdamW(
-        [{"params": body, "lr": plan.learning_rate}, {"params": heads, "lr": plan.head_rate}],
-        weight_decay=plan.weight_decay,
-        fused=True,
-    )
-    full = [group["lr"] for group in optimizer.param_groups]
-    average = copy.deepcopy(model)
-    plan = replace(plan, seed=plan.seed + 1000 * rank)  # every process draws its own samples
-    stream = Sampler(read_rows(train_file), plan.seed).stream()
-    tokens, rows, clock_share = 0.0, 0.0, 0.0
-    next_snapshot, losses, began = plan.snapshot_every, [], time.monotonic()
+    progress = begin(base, plan)
+    if resume:
+        progress.load(out / "state.pt")
+    if rank == 0:
+        (out / "plan.json").write_text(json.dumps(asdict(plan) | {"processes": world}, indent=1))
+    rows = read_rows(train_file)
+    tokenizer = bare_tokenizer(base / "tokenizer.json")
+    while progress.stage < stages:
+        seed = plan.seed + 100 * progress.stage + 1000 * rank  # every process and stage draws its own samples
+        torch.manual_seed(seed)
+        # The first stage has not seen anything yet that it could be asked about.
+        found = positions(progress.average, rows, tokenizer, plan.max_tokens) if progress.stage else None
+        stream = Sampler(rows, seed, plan.stages[progress.stage].mixture, found).stream()
+        _run_stage(progress, batches(stream, tokenizer, replace(plan, seed=seed)), plan, rank, world)
+        progress.stage += 1
+        if rank == 0:
+            progress.save(out / "state.pt")
+            torch.save(progress.average.state_dict(), out / "weights.pt")
+    return out / "weights.pt"
+
+
+def _run_stage(progress: Progress, shown: Iterator[Batch], plan: Plan, rank: int, world: int) -> None:
+    model, average, optimizer = progress.model, progress.average, progress.optimizer
+    end = sum(stage.tokens for stage in plan.stages[: progress.stage + 1])
+    first, began, losses = progress.tokens, time.monotonic(), []
     model.train()
-    for step, batch in enumerate(batches(stream, bare_tokenizer(base / "tokenizer.json"), plan), 1):
-        done = max(tokens / plan.tokens, clock_share)
-        if done >= 1.0:
-            break
-        for group, top in zip(optimizer.param_groups, full, strict=True):
-            group["lr"] = top * rate(done, plan)
+    while progress.tokens < end:
+        batch = next(shown)
+        for group in optimizer.param_groups:
+            group["lr"] = group["full"] * rate(progress.tokens, plan)
         loss = loss_of(model, batch, plan)
         loss.backward()
-        own = [float(batch.ids.numel()), float(len(batch.ids)), (time.monotonic() - began) / (60 * plan.minutes), loss.item()]
-        mean_tokens, mean_rows, clock_share, mean_loss = join_gradients(model, own)
+        mean_tokens, mean_loss = join_gradients(model, [float(batch.ids.numel()), loss.item()])
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        tokens += mean_tokens * world
-        rows += mean_rows * world
+        progress.tokens += mean_tokens * world
+        progress.steps += 1
         losses.append(mean_loss)
         with torch.no_grad():
-            keep = min(plan.averaging, 1 - 1 / step)
+            keep = min(plan.averaging, 1 - 1 / progress.steps)
             for ours, theirs in zip(average.parameters(), model.parameters(), strict=True):
-                if theirs.requires_grad:
-                    ours.lerp_(theirs, 1 - keep)
-        if step % 50 == 0 and rank == 0:
-            spent = time.monotonic() - began
+                ours.lerp_(theirs, 1 - keep)
+        if progress.steps % 50 == 0 and rank == 0:
+            speed = (progress.tokens - first) / (time.monotonic() - began)
             print(  # noqa: T201  # the log of a command line tool
-                f"step {step} done {done:.3f} rows {rows:.0f} loss {np.mean(losses[-50:]):.4f} tok/s {tokens / spent:.0f} "
-                f"left {spent / done * (1 - done) / 60 if done else 0:.1f} min",
+                f"stage {progress.stage} step {progress.steps} tokens {progress.tokens / 1e6:.2f} M of {plan.tokens / 1e6:.1f} M "
+                f"loss {np.mean(losses[-50:]):.4f} {speed:.0f} tokens/s, "
+                f"{(plan.tokens - progress.tokens) / speed / 60:.0f} min left",
                 flush=True,
             )
-        if done >= next_snapshot and rank == 0:
-            next_snapshot += plan.snapshot_every
-            torch.save(average.state_dict(), out / "snapshot.pt")
-    if rank == 0:
-        torch.save(average.state_dict(), out / "weights.pt")
-    return out / "weights.pt"

@@ -23,7 +23,9 @@ from libs.common.contracts import (
     AdminKey,
     AdminListKeys,
     AdminUpdateKey,
+    AdmissionRequest,
     AnsweredAccount,
+    AuthenticatedAdmission,
     AuthenticatedDetect,
     BreakersReset,
     BreakersResetRequest,
@@ -34,6 +36,7 @@ from libs.common.contracts import (
     KeyList,
     KeyRecord,
     RegisterRequest,
+    TakeRequest,
 )
 from libs.common.errors import ErrorCode, PortcullisError
 from services.auth import handlers
@@ -365,3 +368,56 @@ async def test_no_secret_in_any_log_error_or_repr(bench: Bench, caplog: pytest.L
     for api_key in (issued.api_key, rotated.api_key):
         assert api_key[21:] not in shown
         assert credential_of(api_key).digest not in shown
+
+
+# --- many texts ----------------------------------------------------------------------------------------------------------
+
+
+async def test_units_for_many_texts_go_on_to_the_limiter_all_or_none() -> None:
+    bench = Bench()
+    issued = await bench.register()
+    message = AdmissionRequest(credential=credential_of(issued.api_key), cost=40)
+    forward = await handlers.admit(message, CONTEXT, bench.use.authenticator)
+    assert forward.subject == subjects.BATCH_AUTHENTICATED
+    assert isinstance(forward.message, AuthenticatedAdmission)
+    assert (forward.message.principal.key_id, forward.message.cost, forward.message.partial) == (issued.record.key_id, 40, False)
+
+
+async def test_units_for_accepted_work_are_taken_by_the_key_s_id_as_far_as_there_is_room() -> None:
+    bench = Bench()
+    issued = await bench.register()
+    message = TakeRequest(key_id=issued.record.key_id, cost=40)
+    forward = await handlers.take(message, CONTEXT, bench.use.authenticator)
+    assert forward.subject == subjects.BATCH_AUTHENTICATED
+    assert isinstance(forward.message, AuthenticatedAdmission)
+    assert (forward.message.principal.key_id, forward.message.cost, forward.message.partial) == (issued.record.key_id, 40, True)
+
+
+async def test_both_want_the_scope() -> None:
+    bench = Bench()
+    issued = await bench.create(name="app", scopes=("detect",))
+    ask = AdmissionRequest(credential=credential_of(issued.api_key), cost=2)
+    take = TakeRequest(key_id=issued.record.key_id, cost=2)
+    for call in (
+        handlers.admit(ask, CONTEXT, bench.use.authenticator),
+        handlers.take(take, CONTEXT, bench.use.authenticator),
+    ):
+        with pytest.raises(PortcullisError) as caught:
+            await call
+        assert caught.value.code is ErrorCode.FORBIDDEN
+
+
+@pytest.mark.parametrize("fate", ["unknown", "revoked", "expired"])
+async def test_a_key_that_is_not_valid_any_more_takes_nothing(fate: str) -> None:
+    bench = Bench()
+    in_an_hour = (CREATED + timedelta(hours=1)).isoformat()
+    issued = await bench.create(name="app", expires_at=in_an_hour if fate == "expired" else None)
+    key_id = issued.record.key_id if fate != "unknown" else keys.new_key_id()
+    if fate == "revoked":
+        await bench.account(handlers.revoke, issued.api_key)
+    if fate == "expired":
+        await handlers.take(TakeRequest(key_id=key_id, cost=1), CONTEXT, bench.use.authenticator)
+        bench.clock.advance(3600)
+    with pytest.raises(PortcullisError) as caught:
+        await handlers.take(TakeRequest(key_id=key_id, cost=1), CONTEXT, bench.use.authenticator)
+    assert caught.value.code is ErrorCode.INVALID_CREDENTIALS

@@ -5,13 +5,25 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from libs.common import micro
+from libs.common import contracts, micro
 from libs.common.bus import NoRespondersError, Response
 from libs.common.clock import ManualClock
 from libs.common.context import RequestContext
-from libs.common.contracts import Coverage, DetectPayload, ErrorBody, Message, ModelRequest, ModelResult, Reply, raw
+from libs.common.contracts import (
+    Coverage,
+    DetectPayload,
+    ErrorBody,
+    Message,
+    ModelItemResult,
+    ModelItemResults,
+    ModelItems,
+    ModelRequest,
+    ModelResult,
+    Reply,
+    raw,
+)
 from libs.common.errors import ErrorCode, PortcullisError
-from services.detector_proxy.engines.pool import ATTEMPT_SECONDS, MARGIN_SECONDS, MAX_ATTEMPTS, PoolEngine
+from services.detector_proxy.engines.pool import ATTEMPT_SECONDS, BULK_ATTEMPT_SECONDS, MARGIN_SECONDS, MAX_ATTEMPTS, PoolEngine
 from services.detector_proxy.ports import EngineError
 from tests.unit.detector_proxy.fakes import context
 
@@ -174,3 +186,58 @@ async def test_workers_that_name_no_pool_are_of_the_default_one() -> None:
     bus = FakeBus()
     bus.pings = [ping(**{micro.STATUS: "ok"})]
     assert await PoolEngine(bus, "fallback").health() == "up"
+
+
+# --- many texts ----------------------------------------------------------------------------------------------------------
+
+
+class BulkBus(FakeBus):
+    async def request(self, subject: str, message: Message, context: RequestContext, *, idempotent: bool = False) -> Response:
+        assert subject == "model.v1.gpu.batch"
+        assert message == ModelItems(texts=("one", "two"), detailed=False)
+        assert idempotent
+        seconds = context.remaining_seconds(self.clock.now())
+        self.allotted.append(seconds)
+        word = self.words.pop(0)
+        if isinstance(word, Silence):
+            self.clock.advance(seconds)
+            raise PortcullisError(ErrorCode.DEADLINE_EXCEEDED)
+        if isinstance(word, ErrorCode):
+            return Response(Reply(error=ErrorBody(code=word, detail="")), {})
+        assert isinstance(word, bytes)
+        return Response(Reply(result=msgspec.Raw(word)), {})
+
+
+def items(*results: ModelItemResult) -> bytes:
+    return contracts.encode(ModelItemResults(results=results))
+
+
+async def ask_many(bus: BulkBus, seconds: float = 20.0) -> list[str]:
+    payloads = [DetectPayload(text="one"), DetectPayload(text="two")]
+    outcomes = await PoolEngine(bus, "gpu").detect_many(payloads, context(bus.clock, 60), seconds)
+    return [outcome.reason if isinstance(outcome, EngineError) else outcome.model for outcome in outcomes]
+
+
+async def test_many_texts_have_an_outcome_each() -> None:
+    busy = ModelItemResult(error=ErrorBody(code=ErrorCode.OVERLOADED, detail=""))
+    bus = BulkBus(items(ModelItemResult(result=RESULT), busy))
+    assert await ask_many(bus) == ["worker-model", "busy"]
+    assert bus.allotted == [pytest.approx(BULK_ATTEMPT_SECONDS, abs=0.01)]
+
+
+@pytest.mark.parametrize("word", [items(ModelItemResult(result=RESULT)), b"garbage", ErrorCode.OVERLOADED, Silence()])
+async def test_many_texts_are_put_to_another_worker_too(word: Word) -> None:
+    good = items(*[ModelItemResult(result=RESULT)] * 2)
+    bus = BulkBus(word, good)
+    assert await ask_many(bus) == ["worker-model"] * 2
+
+
+async def test_an_item_that_says_nothing_is_malformed() -> None:
+    assert await ask_many(BulkBus(items(ModelItemResult(result=RESULT), ModelItemResult()))) == ["worker-model", "malformed"]
+
+
+@pytest.mark.parametrize(("word", "reason", "counts"), [(Silence(), "no_answer", False), (b"garbage", "malformed", True)])
+async def test_bulk_work_that_waits_too_long_opens_no_breaker(word: Word, reason: str, counts: bool) -> None:
+    with pytest.raises(EngineError) as caught:
+        await ask_many(BulkBus(*[word] * MAX_ATTEMPTS))
+    assert (caught.value.reason, caught.value.counts) == (reason, counts)

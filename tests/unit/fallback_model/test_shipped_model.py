@@ -98,3 +98,15 @@ def test_a_text_that_was_undone_is_judged_by_what_it_says(model: Model) -> None:
     assert discounts[0] == DISGUISED_DISCOUNT
     assert min(discounts.values()) == 0.0
     assert all(place.discount == 0.0 for place in model.prepare(FILLER).places)
+
+
+def test_a_text_is_judged_the_same_whatever_shares_its_batch(model: Model) -> None:
+    """Activations are rounded to scales that do not hang on the batch; what is left is the order of sums in float32."""
+    rows = [
+        row for text in (ATTACK, FILLER, "How do I bake bread without yeast?", FILLER * 4) for row in model.prepare(text).rows
+    ]
+    together = model.sessions[0].run(rows)
+    for index, row in enumerate(rows):
+        alone = model.sessions[0].run([row])
+        assert alone.logits[0] == pytest.approx(together.logits[index], abs=1e-4)
+        assert alone.threats[0] == pytest.approx(together.threats[index], abs=1e-4)

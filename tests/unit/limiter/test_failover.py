@@ -156,6 +156,34 @@ async def test_concurrent_calls_in_a_loss_are_all_answered_and_it_counts_once() 
     assert house.health[0].outages == 1
 
 
+async def test_a_partial_call_counts_for_every_replica_while_the_store_is_away() -> None:
+    house = House(replicas=3)
+    await house.check()
+    house.store.away = True
+    granted = []
+    for limiter in house.limiters:
+        taken = [(await limiter.decide("k", (100, 1000), 20, partial=True))[0].granted for _ in range(4)]
+        assert taken == [20, 13, 0, 0]
+        granted += taken
+    assert sum(granted) <= 100
+
+
+async def test_a_limit_below_the_number_of_replicas_is_one_unit_for_a_partial_call() -> None:
+    house = House(replicas=3)
+    await house.check()
+    house.store.away = True
+    decisions = [(await house.limiters[0].decide("k", (2, 1000), 5, partial=True))[0] for _ in range(2)]
+    assert [(each.granted, each.used[0]) for each in decisions] == [(1, 2), (0, 2)]
+
+
+async def test_what_was_granted_in_part_is_followed_while_the_store_is_there() -> None:
+    house = House()
+    decision, _ = await house.limiters[0].decide("k", (10, 1000), 25, partial=True)
+    assert decision.granted == 10
+    house.store.away = True
+    assert await house.admitted(5, limit=10) == 0
+
+
 async def test_only_so_many_keys_are_kept() -> None:
     house = House(max_keys=10)
     house.store.away = True

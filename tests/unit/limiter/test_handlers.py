@@ -11,7 +11,15 @@ from pydantic import ValidationError
 
 from libs.common.clock import ManualClock
 from libs.common.context import RequestContext
-from libs.common.contracts import AdmittedDetect, AnsweredAccount, AuthenticatedDetect, Principal, RegisterRequest
+from libs.common.contracts import (
+    Admission,
+    AdmittedDetect,
+    AnsweredAccount,
+    AuthenticatedAdmission,
+    AuthenticatedDetect,
+    Principal,
+    RegisterRequest,
+)
 from libs.common.errors import ErrorCode
 from libs.common.subjects import DETECT_ADMITTED, REGISTER_ADMITTED
 from services.limiter import handlers
@@ -60,6 +68,14 @@ class Desk:
         assert forward.subject == DETECT_ADMITTED
         assert isinstance(forward.message, AdmittedDetect)
         return forward.message
+
+    async def admit_many(self, cost: int, *, partial: bool = False) -> Admission:
+        message = AuthenticatedAdmission(principal=self.principal, cost=cost, partial=partial)
+        answer = await handlers.admit_many(message, CONTEXT, self.limiter, self.rng)
+        assert isinstance(answer.result, Admission)
+        assert answer.rate == answer.result.rate
+        assert answer.result.principal == self.principal
+        return answer.result
 
     async def refused(self, cost: int = 1) -> RateLimitedError:
         with pytest.raises(RateLimitedError) as caught:
@@ -113,6 +129,30 @@ async def test_the_day_is_named_when_it_is_the_day() -> None:
     desk.clock.advance(61)
     error = await desk.refused(3)
     assert "5 units a day leaves 2" in error.detail
+
+
+async def test_many_units_are_taken_at_once_or_not_at_all() -> None:
+    desk = Desk()
+    admission = await desk.admit_many(2)
+    assert (admission.granted, admission.rate.remaining_minute, admission.rate.remaining_day) == (2, 1, 3)
+    with pytest.raises(RateLimitedError) as caught:
+        await desk.admit_many(2)
+    assert "leaves 1; the call costs 2 units" in caught.value.detail
+    assert caught.value.rate is not None
+    assert caught.value.rate.remaining_minute == 1
+    assert (await desk.admit_many(1)).granted == 1
+
+
+@pytest.mark.parametrize("away", [False, True])
+async def test_a_partial_request_gets_what_there_is_and_no_refusal(away: bool) -> None:
+    desk = Desk()
+    desk.store.away = away
+    granted = [await desk.admit_many(2, partial=True) for _ in range(3)]
+    assert [each.granted for each in granted] == [2, 1, 0]
+    assert granted[-1].rate.reset_minute == pytest.approx(60.151)
+    assert granted[-1].rate.degraded is away
+    # Nothing of that was an overrun: the first refusal is in the first band.
+    assert (await desk.refused()).retry_after in (1, 2, 3, 4)
 
 
 async def test_answers_say_when_redis_had_no_part_in_them() -> None:
