@@ -25,7 +25,6 @@ from services.fallback_model.engine import ModelCard, ModelError, Scores, Sessio
 from services.fallback_model.labels import THREATS, ThreatName
 from services.fallback_model.lexicon import Lexicon
 from services.fallback_model.normalise import Normalised, View, normalise
-from services.fallback_model.processors import give_way
 from services.fallback_model.windows import Ids, Window, Windower
 from services.fallback_model.windows import characters as window_characters
 
@@ -309,7 +308,8 @@ class Detector:
     """A model served beside an event loop: preparation in threads, windows of many texts in common batches.
 
     Bulk work has threads, a queue and batches of its own, over the same sessions (onnxruntime's may run in several threads at
-    once). Its threads give way, so that a single text waits neither behind a batch in the queue nor for one to end.
+    once). The threads that score give way, so that a single text waits neither behind a batch in the queue nor for one to end.
+    Those that prepare do not: they hold the interpreter's lock, and whoever is pushed aside with it holds up everybody.
     """
 
     def __init__(
@@ -321,7 +321,7 @@ class Detector:
     ) -> None:
         self.model = model
         self._single = _Lane(make_batcher(model), ThreadPoolExecutor(preparing_threads, thread_name_prefix="prepare"))
-        bulk_threads = ThreadPoolExecutor(1, thread_name_prefix="prepare-bulk", initializer=give_way)
+        bulk_threads = ThreadPoolExecutor(1, thread_name_prefix="prepare-bulk")
         self._bulk = _Lane(make_bulk_batcher(model), bulk_threads)
 
     async def detect(self, text: str, *, detailed: bool = False, bulk: bool = False) -> Detection:

@@ -23,6 +23,7 @@ from libs.common.contracts import (
     AccountRequest,
     AdminCredential,
     AnsweredAccount,
+    AuthenticatedAdmission,
     AuthenticatedDetect,
     Credential,
     DetectPayload,
@@ -151,12 +152,16 @@ class Kit:
         async def echo(message: AuthenticatedDetect, _: RequestContext) -> Answer:
             return Answer(message)
 
+        async def echo_many(message: AuthenticatedAdmission, _: RequestContext) -> Answer:
+            return Answer(message)
+
         async def answer(message: AnsweredAccount, _: RequestContext) -> Answer:
             return Answer(message.result)
 
         # The edge plays the limiter's part of a registration, too, and the proxy's of counting.
         edge, limiter = self.bus("edge", OPERATOR), self.bus("limiter")
         limiter.stage(subjects.DETECT_AUTHENTICATED, AuthenticatedDetect, echo)
+        limiter.stage(subjects.BATCH_AUTHENTICATED, AuthenticatedAdmission, echo_many)
         limiter.stage(subjects.ACCOUNT_ANSWERED, AnsweredAccount, answer)
         async with AsyncExitStack() as stack:
             for bus in (edge, limiter):

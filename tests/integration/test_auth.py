@@ -17,6 +17,8 @@ from libs.common.contracts import (
     AdminKey,
     AdminListKeys,
     AdminUpdateKey,
+    AdmissionRequest,
+    AuthenticatedAdmission,
     AuthenticatedDetect,
     BreakersReset,
     BreakersResetRequest,
@@ -24,6 +26,7 @@ from libs.common.contracts import (
     KeyChanged,
     KeyList,
     KeyRecord,
+    TakeRequest,
 )
 from libs.common.errors import ErrorCode
 from libs.common.micro import STATUS, STORE_POSTGRES
@@ -45,6 +48,23 @@ async def test_a_registered_key_detects(kit: Kit) -> None:
         assert await fleet.profile(issued.api_key) == issued.record
         assert code(await fleet.detect(keys.generate())) == ErrorCode.INVALID_CREDENTIALS
         assert code(await fleet.detect(keys.generate(issued.record.key_id))) == ErrorCode.INVALID_CREDENTIALS
+
+
+async def test_units_for_many_texts_go_to_the_limiter_by_key_or_by_id(kit: Kit) -> None:
+    async with kit.fleet(replicas=2) as fleet:
+        issued = await fleet.register("My App")
+        key_id = issued.record.key_id
+        ask = AdmissionRequest(credential=credential(issued.api_key), cost=500)
+        asked = result(await fleet.ask(subjects.BATCH_REQUEST, ask), AuthenticatedAdmission)
+        assert (asked.principal.key_id, asked.principal.limit_day, asked.cost, asked.partial) == (key_id, 10_000, 500, False)
+        taken = result(await fleet.ask(subjects.BATCH_TAKE, TakeRequest(key_id=key_id, cost=7)), AuthenticatedAdmission)
+        assert (taken.principal, taken.cost, taken.partial) == (asked.principal, 7, True)
+        for stranger in (keys.new_key_id(), "no id at all"):
+            refused = await fleet.ask(subjects.BATCH_TAKE, TakeRequest(key_id=stranger, cost=7))
+            assert code(refused) == ErrorCode.INVALID_CREDENTIALS
+        assert code(await fleet.account(subjects.ACCOUNT_REVOKE, issued.api_key)) == "ok"
+        for _ in range(4):  # whichever replica is asked
+            assert code(await fleet.ask(subjects.BATCH_TAKE, TakeRequest(key_id=key_id, cost=7))) == ErrorCode.INVALID_CREDENTIALS
 
 
 async def test_keys_survive_a_restart(kit: Kit) -> None:

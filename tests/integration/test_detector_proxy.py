@@ -30,7 +30,13 @@ from libs.common.contracts import (
     BreakersListRequest,
     BreakersReset,
     Coverage,
+    DetectItems,
     DetectPayload,
+    ItemResult,
+    ItemResults,
+    ModelItemResult,
+    ModelItemResults,
+    ModelItems,
     ModelRequest,
     ModelResult,
     Principal,
@@ -582,3 +588,87 @@ async def test_as_a_process_it_starts_answers_and_stops(fleet: Fleet) -> None:
             if process.returncode is None:
                 process.kill()
                 await process.wait()
+
+
+# --- many texts ----------------------------------------------------------------------------------------------------------
+
+MANY = DetectItems(key_id="key1", texts=("one", "two", "three"))
+
+
+async def ask_many(edge: Bus, seconds: float = 5.0) -> list[ItemResult]:
+    reply = (await edge.request(subjects.BATCH_ITEMS, MANY, context(seconds))).reply
+    assert reply.error is None
+    return list(msgspec.json.decode(reply.result, type=ItemResults).results)
+
+
+async def judge_many(message: ModelItems, _: RequestContext) -> Answer:
+    return Answer(ModelItemResults(results=(ModelItemResult(result=WORKER),) * len(message.texts)))
+
+
+@asynccontextmanager
+async def bulk_worker(fleet: Fleet, handler: Callable[[ModelItems, RequestContext], Awaitable[Answer]]) -> AsyncIterator[Bus]:
+    bus = Bus("fallback_model", fleet.common("fallback_model"))
+    await bus.connect()
+    bus.stage(subjects.model_pool_batch(subjects.DEFAULT_POOL), ModelItems, handler)
+    await bus.start()
+    try:
+        yield bus
+    finally:
+        await bus.drain()
+
+
+async def test_many_texts_get_a_verdict_each_from_a_pool_that_has_no_room_at_first(fleet: Fleet) -> None:
+    refusals = 3
+
+    async def full_at_first(message: ModelItems, where: RequestContext) -> Answer:
+        nonlocal refusals
+        refusals -= 1
+        if refusals >= 0:
+            raise PortcullisError(ErrorCode.OVERLOADED)
+        return await judge_many(message, where)
+
+    async with fleet.proxy(), bulk_worker(fleet, full_at_first), fleet.bus("edge") as edge:
+        results = await ask_many(edge)
+    assert [item.verdict.endpoint if item.verdict else None for item in results] == ["worker-model"] * 3
+    assert not any(item.verdict and item.verdict.degraded for item in results)
+
+
+async def test_a_pool_that_comes_back_in_time_costs_no_text(fleet: Fleet) -> None:
+    async with fleet.proxy(), fleet.bus("edge") as edge:
+        asked = asyncio.create_task(ask_many(edge))
+        await asyncio.sleep(0.3)
+        assert not asked.done()
+        async with bulk_worker(fleet, judge_many):
+            assert all(item.verdict for item in await asked)
+        failed = await ask_many(edge, 0.3)
+        assert {item.error.code if item.error else None for item in failed} <= {
+            ErrorCode.NO_ENGINE,
+            ErrorCode.DEADLINE_EXCEEDED,
+        }
+
+
+async def test_texts_of_batches_go_to_the_primary_one_by_one_and_to_the_fallback_when_it_fails(fleet: Fleet) -> None:
+    async with (
+        hostile_engine(free_port()) as engine,
+        bulk_worker(fleet, judge_many),
+        fleet.proxy(engine_kind="detect", engine_url=engine.url),
+        fleet.bus("edge") as edge,
+    ):
+        well = await ask_many(edge)
+        engine.mode = "status_500"
+        badly = await ask_many(edge)
+    assert [item.verdict.degraded if item.verdict else None for item in well] == [False] * 3
+    assert [(item.verdict.endpoint, item.verdict.degraded) if item.verdict else None for item in badly] == [
+        ("worker-model", True)
+    ] * 3
+
+
+async def test_a_message_with_many_texts_is_counted_once_however_often_it_is_sent(fleet: Fleet) -> None:
+    async with fleet.operator() as client, usage_stream(client) as stored:
+        async with fleet.proxy(), bulk_worker(fleet, judge_many), fleet.bus("edge") as edge:
+            await ask_many(edge)
+            for _ in range(3):
+                reply = await edge.request(subjects.BATCH_ITEMS, MANY, context(), token="again")
+                assert reply.reply.error is None
+        events = await stored()
+    assert [(event.key_id, event.requests, event.malicious, event.failed) for event in events] == [("key1", 3, 3, 0)] * 2

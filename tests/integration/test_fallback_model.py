@@ -15,9 +15,9 @@ from pydantic import SecretStr
 from infra.embedded.servers import Server
 from libs.common.bus import Bus
 from libs.common.context import RequestContext, new_request_id, new_traceparent
-from libs.common.contracts import ModelRequest, ModelResult
+from libs.common.contracts import ModelItemResults, ModelItems, ModelRequest, ModelResult
 from libs.common.errors import ErrorCode
-from libs.common.subjects import DEFAULT_POOL, model_pool
+from libs.common.subjects import DEFAULT_POOL, model_pool, model_pool_batch
 from services.fallback_model.app import parts
 from services.fallback_model.settings import FallbackModelSettings
 
@@ -103,3 +103,30 @@ async def test_sighup_exchanges_the_model_under_load(nats_server: Server, nats_p
         await asyncio.gather(*callers)
         assert len(answers) > 10
         assert all(isinstance(answer, ModelResult) for answer in answers)
+
+
+async def test_bulk_work_is_bounded_by_itself_and_leaves_single_texts_alone(
+    nats_server: Server, nats_passwords: dict[str, str]
+) -> None:
+    async with running(nats_server, nats_passwords) as (_, proxy):
+        many = ModelItems(texts=tuple(f"What is {number} plus 2? {'and so on ' * 20}" for number in range(64)))
+
+        async def ask_many() -> list[str]:
+            """What came of each text, or what became of the message."""
+            reply = (await proxy.request(model_pool_batch(DEFAULT_POOL), many, context())).reply
+            if reply.error is not None:
+                return [reply.error.code]
+            results = msgspec.json.decode(reply.result, type=ModelItemResults).results
+            return ["ok" if item.result is not None else item.error.code if item.error else "" for item in results]
+
+        bulk = [asyncio.create_task(ask_many()) for _ in range(40)]
+        await asyncio.sleep(0.1)
+        singles = [await ask(proxy) for _ in range(20)]
+        assert not all(task.done() for task in bulk)
+        outcomes = await asyncio.gather(*bulk)
+        assert all(isinstance(single, ModelResult) for single in singles)
+        judged = [outcome for outcome in outcomes if len(outcome) == 64]
+        assert len(judged) >= 16
+        assert {code for outcome in judged for code in outcome} <= {"ok", ErrorCode.OVERLOADED}
+        assert any(outcome == ["ok"] * 64 for outcome in judged)
+        assert [outcome for outcome in outcomes if len(outcome) == 1] == [[ErrorCode.OVERLOADED]] * (40 - len(judged))

@@ -24,8 +24,10 @@ from libs.common import contracts, subjects
 from libs.common.bus import Answer, Bus
 from libs.common.context import RequestContext, new_request_id, new_traceparent
 from libs.common.contracts import (
+    Admission,
     AdmittedDetect,
     AnsweredAccount,
+    AuthenticatedAdmission,
     AuthenticatedDetect,
     ErrorBody,
     Principal,
@@ -210,3 +212,24 @@ async def test_a_crowd_gets_its_limit_and_no_more_from_two_replicas_through_a_sc
             assert len(before) >= limit
     # Which adds up to 98 % of the limit while 64 callers wait for it all the time.
     assert len(admitted) >= 0.98 * limit * WINDOWS
+
+
+async def test_many_units_are_taken_at_once_or_as_far_as_there_is_room(house: House, redis_server: Server) -> None:
+    async with house(redis_server.url, replicas=2) as (ask, _):
+        who = principal(limit_minute=100)
+
+        async def admit(cost: int, *, partial: bool = False) -> Reply:
+            message = AuthenticatedAdmission(principal=who, cost=cost, partial=partial)
+            return await ask(subjects.BATCH_AUTHENTICATED, message)
+
+        first = msgspec.json.decode((await admit(70)).result, type=Admission)
+        assert (first.principal, first.granted, first.rate.remaining_minute) == (who, 70, 30)
+        refused = await admit(31)
+        assert "leaves 30; the call costs 31 units" in refusal(refused).detail
+        assert rate(refused).remaining_minute == 30
+        # Two replicas, at the same time: together they hand out what is left, and not a unit more.
+        replies = await asyncio.gather(*(admit(4, partial=True) for _ in range(20)))
+        granted = [msgspec.json.decode(reply.result, type=Admission).granted for reply in replies]
+        assert sum(granted) == 30
+        assert sorted(granted) == [0] * 12 + [2] + [4] * 7
+        assert rate(replies[-1]).remaining_minute == 0

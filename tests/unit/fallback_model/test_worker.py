@@ -170,7 +170,7 @@ async def test_models_are_exchanged_without_a_lost_request(model: Model) -> None
     asked += [asyncio.create_task(ask()) for _ in range(20)]
     answers = await asyncio.gather(*asked)
     await swap
-    assert len(set(answers)) == 1
+    assert max(answers) - min(answers) < 1e-4  # the last digits depend on which texts shared a batch
     assert slot.detector is second
     await slot.close()
 
