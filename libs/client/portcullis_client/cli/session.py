@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,8 +119,7 @@ def run(command: click.Command, arguments: list[str] | None = None) -> int:
     except PortcullisError as error:
         terminal.say(f"portcullis: {line_of(error)}", "red")
         return NOT_JUDGED
-    except BrokenPipeError:  # the reader (head, less) has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except SystemExit:  # how click ends when the reader (head, less) has seen enough
         return NOT_JUDGED
     except OSError as error:
         terminal.say(f"portcullis: {error.filename or 'a file'}: {error.strerror}", "red")
