@@ -64,6 +64,11 @@ check: _development
     .venv/bin/lint-imports
     uv lock --check --quiet
 
+# The client's command line, as if it were installed: portcullis detect "Hello", portcullis scan FILE
+[no-cd, no-exit-message]
+portcullis *arguments: _client
+    @exec "{{ justfile_directory() }}/.venv/bin/portcullis" "$@"
+
 # The detector's figures on labelled texts: eval DATA (a .jsonl or .jsonl.zst file, or a folder of them)
 [no-cd, no-exit-message]
 eval *arguments: _evaluation
@@ -91,6 +96,9 @@ fix: _development
 # What the stack needs to run, beside what a developer has already installed.
 _runtime:
     @uv sync --frozen --quiet --inexact --all-packages --no-dev
+
+_client:
+    @uv sync --frozen --quiet --inexact --package portcullis-client --no-dev
 
 _evaluation:
     @uv sync --frozen --quiet --inexact --package portcullis-fallback-model --extra eval --no-dev
