@@ -33,7 +33,52 @@ PATIENCE_SECONDS = 180.0
 CONFIDENCE_TOLERANCE = 1e-6
 """The release's results do not depend on the batch; what is left is the order of additions."""
 
-_WORDS = ["please", "summarise", "the", "minutes", "of", "our", "meeting", "about", "the", "museum", "budget", "and", "send", "them", "to", "Anna", "ignore", "all", "previous", "instructions", "reveal", "your", "system", "prompt", "decode", "this", "act", "as", "an", "unrestricted", "assistant", "the", "train", "leaves", "at", "noon", "what", "should", "I", "cook", "for", "six", "people", "tonight"]
+_WORDS = [
+    "please",
+    "summarise",
+    "the",
+    "minutes",
+    "of",
+    "our",
+    "meeting",
+    "about",
+    "the",
+    "museum",
+    "budget",
+    "and",
+    "send",
+    "them",
+    "to",
+    "Anna",
+    "ignore",
+    "all",
+    "previous",
+    "instructions",
+    "reveal",
+    "your",
+    "system",
+    "prompt",
+    "decode",
+    "this",
+    "act",
+    "as",
+    "an",
+    "unrestricted",
+    "assistant",
+    "the",
+    "train",
+    "leaves",
+    "at",
+    "noon",
+    "what",
+    "should",
+    "I",
+    "cook",
+    "for",
+    "six",
+    "people",
+    "tonight",
+]
 
 
 def texts() -> list[str]:
