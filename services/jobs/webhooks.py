@@ -80,11 +80,11 @@ def _may_be_public(host: str) -> bool:
 
 
 def is_public(address: Address) -> bool:
-    """Whether an address is one of the public internet's, also where it wraps one of IPv4 (mapped, NAT64, 6to4, Teredo)."""
+    """Whether an address is one of the public internet's, also where it wraps one of IPv4."""
     if isinstance(address, ipaddress.IPv6Address):
         if (mapped := address.ipv4_mapped) is not None:
             return is_public(mapped)
-        if address in _NAT64:
+        if address in _NAT64 or address in _COMPATIBLE:
             return is_public(ipaddress.IPv4Address(address.packed[-4:]))
         if address.sixtofour is not None or address.teredo is not None:
             return False
@@ -92,6 +92,7 @@ def is_public(address: Address) -> bool:
 
 
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
+_COMPATIBLE = ipaddress.IPv6Network("::/96")  # deprecated, and read by some systems as the IPv4 address at its end
 
 
 class PublicResolver(AbstractResolver):
