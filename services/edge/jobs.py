@@ -11,6 +11,7 @@ import hashlib
 import random
 import re
 from collections.abc import AsyncIterator
+from contextlib import suppress
 
 import msgspec
 from fastapi import Request, Response
@@ -137,13 +138,18 @@ class Jobs:
         # Auth decides about the caller before much is read.
         opened = decoded(await self._ask(call, "create", submission.create), _OPENED)
         total = 0
-        while entries := await feed.take(MAX_JOB_APPEND, APPEND_CHARACTERS):
-            append = JobAppend(job_id=opened.job_id, first_index=total, items=tuple(_item(entry) for entry in entries))
-            total += len(entries)
-            if not opened.sealed:  # otherwise the body is read only to see whether it is the same
-                await self._ask(call, "append", append)
-        if not total:
-            raise core.invalid_field("body", "Expected at least one line")
+        try:
+            while entries := await feed.take(MAX_JOB_APPEND, APPEND_CHARACTERS):
+                append = JobAppend(job_id=opened.job_id, first_index=total, items=tuple(_item(entry) for entry in entries))
+                total += len(entries)
+                if not opened.sealed:  # otherwise the body is read only to see whether it is the same
+                    await self._ask(call, "append", append)
+            if not total:
+                raise core.invalid_field("body", "Expected at least one line")
+        except (PortcullisError, Refused):
+            if not opened.sealed:
+                await self._give_up(call, opened.job_id)
+            raise
         config = submission.config
         seal = JobSeal(
             job_id=opened.job_id,
@@ -157,6 +163,13 @@ class Jobs:
         answer = _job(decoded(answered, _STATUS))
         headers = {"location": f"/v1/jobs/{answer.id}", "preference-applied": "respond-async"}
         return _json(answer, answered.reply.rate, status=202, headers=headers)
+
+    async def _give_up(self, call: Call, job_id: str) -> None:
+        """Say that a submission will not be completed, so that it is not one of the key's open jobs any more."""
+        with suppress(PortcullisError, Refused):
+            context = self._context(call)
+            message = self._message(call, "cancel", JobGet(job_id=job_id))
+            await self._stages.request(subjects.JOBS_REQUEST, message, context, idempotent=True)
 
     # --- reading ---------------------------------------------------------------------------------------------------------
 
@@ -222,12 +235,19 @@ class Jobs:
 
     # --- asking ----------------------------------------------------------------------------------------------------------
 
+    def _context(self, call: Call) -> RequestContext:
+        seconds = core.timeout_seconds(call.headers, self._longest_seconds)
+        return RequestContext(int((self._stages.clock.now() + seconds) * 1000), call.request_id, call.traceparent)
+
+    @staticmethod
+    def _message(call: Call, operation: JobOperation, payload: Message) -> JobRequest:
+        return JobRequest(credential=core.credential(call.headers), operation=operation, payload=raw(payload))
+
     async def _ask(self, call: Call, operation: JobOperation, payload: Message) -> Answered:
         """Ask until there is an answer or the time for one is over: every operation can be repeated, and does its work once."""
         clock = self._stages.clock
-        seconds = core.timeout_seconds(call.headers, self._longest_seconds)
-        context = RequestContext(int((clock.now() + seconds) * 1000), call.request_id, call.traceparent)
-        message = JobRequest(credential=core.credential(call.headers), operation=operation, payload=raw(payload))
+        context = self._context(call)
+        message = self._message(call, operation, payload)
         token = f"j{random.getrandbits(64):x}"  # a name of this request; nothing secret depends on it
         pause, longest = PAUSE_SECONDS
         while True:

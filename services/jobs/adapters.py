@@ -40,7 +40,6 @@ from services.jobs.settings import Settings
 log = logging.getLogger(__name__)
 
 API_TIMEOUT_SECONDS: Final = 5.0
-FETCH_SECONDS: Final = 1.0
 READER_LIFE_SECONDS: Final = 30.0
 """How long the server keeps a consumer that somebody has died with."""
 TAKE_TIMEOUT_SECONDS: Final = 5.0
@@ -368,7 +367,7 @@ class JetStreamQueues:
                 if isinstance(outcome, BaseException):
                     raise outcome
 
-    async def fetch(self, key_id: str, job_id: str, most: int) -> Sequence[JetStreamDelivery]:
+    async def fetch(self, key_id: str, job_id: str, most: int, wait_seconds: float) -> Sequence[JetStreamDelivery]:
         name = _consumer(key_id, job_id)
         # One at a time: two readers of one subscription would take each other's messages for their own.
         async with self._fetching.setdefault(name, asyncio.Lock()):
@@ -378,7 +377,7 @@ class JetStreamQueues:
                     subscription = await self._stream.api.pull_subscribe_bind(durable=name, stream=JOB_ITEMS_STREAM)
                     self._subscriptions[name] = subscription
                 try:
-                    messages = await subscription.fetch(most, timeout=FETCH_SECONDS)
+                    messages = await subscription.fetch(most, timeout=wait_seconds)
                 except (TimeoutError, nats.errors.TimeoutError):
                     return []
         return [JetStreamDelivery(message) for message in messages]

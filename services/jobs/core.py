@@ -58,6 +58,7 @@ class JobRecord(msgspec.Struct, frozen=True, kw_only=True):
     state: JobState
     created_ms: int
     updated_ms: int
+    stored_items: int = 0
     stored_bytes: int = 0
     total: int = 0
     digest: str = ""
@@ -116,7 +117,10 @@ def seal(
 
 
 def count(record: JobRecord, outcomes: Iterable[tuple[int, Outcome]], now_ms: int) -> JobRecord:
-    """Add what has been stored behind `record.position`, (place, outcome) in order; the job is done with its last item."""
+    """Add what has been stored behind `record.position`, (place, outcome) in order; the job is done with its last item.
+
+    One that is over stays as it ended: what was in hand then may have been stored afterwards.
+    """
     done, malicious, failed, position = record.done, record.malicious, record.failed, record.position
     for place, outcome in outcomes:
         done += 1
@@ -125,6 +129,8 @@ def count(record: JobRecord, outcomes: Iterable[tuple[int, Outcome]], now_ms: in
         position = place
     if done == record.done:
         return record
+    if record.over:
+        return msgspec.structs.replace(record, done=done, malicious=malicious, failed=failed, position=position)
     changed = msgspec.structs.replace(
         record,
         state="running",
@@ -236,8 +242,11 @@ def is_transient(code: ErrorCode) -> bool:
 
 @dataclass(slots=True)
 class _Doubt:
+    """`apart`: a message was refused for one of its items, which may be this one."""
+
     own: int = 0
     vague: int = 0
+    apart: bool = False
     successes_seen: int = 0
 
 
@@ -271,7 +280,12 @@ class Doubts:
     def alone(self, item: tuple[str, int]) -> bool:
         """Whether the item is to be sent in a message of its own."""
         doubt = self._of.get(item)
-        return doubt is not None and (doubt.own > 0 or doubt.vague >= SUSPECT_AFTER)
+        return doubt is not None and (doubt.own > 0 or doubt.apart or doubt.vague >= SUSPECT_AFTER)
+
+    def unproven(self, item: tuple[str, int]) -> bool:
+        """Whether the item is a suspect, and nothing has gone through since it failed: it may be the item, or an outage."""
+        doubt = self._of.get(item)
+        return doubt is not None and doubt.vague >= SUSPECT_AFTER and self._successes == doubt.successes_seen
 
     def failed(self, item: tuple[str, int], code: ErrorCode, *, attributed: bool) -> bool:
         """The item has no verdict; whether it is to be given up now.
@@ -285,7 +299,7 @@ class Doubts:
             if attributed:
                 doubt.own += 1
             else:
-                doubt.vague = SUSPECT_AFTER
+                doubt.apart = True
         else:
             alone = attributed and self.alone(item)
             doubt.vague += 1
@@ -403,24 +417,28 @@ class Schedule:
 class Purse:
     """Units of keys' limits that were taken and not used: by items that had a result already, or that nobody could judge."""
 
-    _units: dict[str, tuple[int, float]] = field(default_factory=dict)
+    _units: dict[str, list[tuple[float, int]]] = field(default_factory=dict)
+    """By key: since when, and how many."""
 
-    def put(self, key_id: str, units: int, now: float) -> None:
+    def put(self, key_id: str, units: int, since: float) -> None:
+        """`since`: when they were taken of the limits, however often they have been here in the meantime."""
         if units > 0:
-            self._units[key_id] = (self._held(key_id, now) + units, now)
+            self._units.setdefault(key_id, []).append((since, units))
 
-    def take(self, key_id: str, most: int, now: float) -> int:
-        held = self._held(key_id, now)
-        taken = min(held, most)
-        if held - taken:
-            self._units[key_id] = (held - taken, self._units[key_id][1])
-        else:
-            self._units.pop(key_id, None)
-        return taken
-
-    def _held(self, key_id: str, now: float) -> int:
-        units, since = self._units.get(key_id, (0, now))
-        return units if now - since <= CREDIT_LIFE_SECONDS else 0
+    def take(self, key_id: str, most: int, now: float) -> tuple[int, float]:
+        """How many, and since when the oldest of them are held."""
+        held = sorted(lot for lot in self._units.pop(key_id, []) if now - lot[0] <= CREDIT_LIFE_SECONDS)
+        taken, oldest = 0, now
+        while held and taken < most:
+            since, units = held.pop(0)
+            oldest = min(oldest, since)
+            used = min(units, most - taken)
+            taken += used
+            if used < units:
+                held.insert(0, (since, units - used))
+        if held:
+            self._units[key_id] = held
+        return taken, oldest
 
 
 # --- refusals ------------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import base64
 import logging
 import secrets
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import msgspec
@@ -36,6 +37,8 @@ log = logging.getLogger(__name__)
 
 PAGE_BYTES = 1_000_000
 """Of a page of results: it goes to the caller in one message."""
+COUNT_MESSAGES = 5000
+"""Results that are counted at a time."""
 SECRET_BYTES = 24  # what Standard Webhooks recommends: 24 to 64
 
 _RESULT = msgspec.json.Decoder(JobResult)
@@ -81,9 +84,9 @@ class Desk:
         claimed = await self._records.claim(key_id, message.idempotency) if message.idempotency is not None else None
         if claimed is not None and claimed[0] != job_id:
             earlier = await self._records.get(key_id, claimed[0])
-            if earlier is not None and earlier.record.state != "open":
+            if earlier is not None and earlier.record.total:
                 return JobOpened(job_id=claimed[0], sealed=True)
-            if earlier is not None:
+            if earlier is not None and not earlier.record.over:
                 await self._give_up(earlier)
         await self._check_room(key_id, job_id)
         await self._queues.open(key_id, job_id)
@@ -107,14 +110,21 @@ class Desk:
         if message.first_index + len(message.items) > self._bounds.items:
             raise PortcullisError(ErrorCode.PAYLOAD_TOO_LARGE, f"A job holds at most {self._bounds.items} items.")
         size = sum(len(encode(item)) for item in message.items)
-        if kept.record.stored_bytes + size > self._bounds.stored_bytes:
+        if message.first_index >= kept.record.stored_items and kept.record.stored_bytes + size > self._bounds.stored_bytes:
             raise PortcullisError(ErrorCode.PAYLOAD_TOO_LARGE, f"A job holds at most {self._bounds.stored_bytes} bytes.")
         await self._queues.append(key_id, job_id, message.first_index, message.items)
 
         def grown(record: JobRecord) -> JobRecord:
             if record.state != "open":
                 raise core.superseded()
-            return msgspec.structs.replace(record, stored_bytes=record.stored_bytes + size, updated_ms=self._now_ms())
+            if message.first_index < record.stored_items:  # the same once more
+                return record
+            return msgspec.structs.replace(
+                record,
+                stored_items=message.first_index + len(message.items),
+                stored_bytes=record.stored_bytes + size,
+                updated_ms=self._now_ms(),
+            )
 
         await self._change(kept, grown)
 
@@ -125,6 +135,7 @@ class Desk:
         if kept.record.state != "open":
             return self._same(kept.record, message)
         if message.webhook_url is not None and (refusal := self._webhook_refusal(message.webhook_url)) is not None:
+            await self._give_up(kept)  # it will not be completed
             raise PortcullisError(ErrorCode.INVALID_FIELD, fields=(("webhook.url", refusal),))
         queue = await self._queues.one(key_id, job_id)
         if queue is None:
@@ -185,7 +196,7 @@ class Desk:
     # --- reading ---------------------------------------------------------------------------------------------------------
 
     async def get(self, principal: Principal, job_id: str) -> JobStatus:
-        return core.status_of((await self._visible(principal.key_id, job_id)).record)
+        return core.status_of(await self._late((await self._visible(principal.key_id, job_id)).record))
 
     async def list(self, principal: Principal, message: JobList) -> JobPage:
         ids = [
@@ -214,8 +225,13 @@ class Desk:
         )
 
     async def cancel(self, principal: Principal, job_id: str) -> JobStatus:
-        """Stop it, if it is not over; what has a result keeps it."""
-        kept = await self._visible(principal.key_id, job_id)
+        """Stop it, if it is not over; what has a result keeps it. A submission that has not been completed is given up."""
+        kept = await self._get(principal.key_id, job_id)
+        if not kept.record.total:
+            if kept.record.over:
+                raise core.not_found()
+            await self._give_up(kept)
+            return core.status_of(core.end(kept.record, "cancelled", None, self._now_ms()))
 
         def cancelled(record: JobRecord) -> JobRecord:
             return record if record.over else core.end(record, "cancelled", None, self._now_ms())
@@ -223,7 +239,7 @@ class Desk:
         record = await self._change(kept, cancelled)
         if record.state == "cancelled":
             await self._queues.close(record.key_id, record.job_id)
-        return core.status_of(record)
+        return core.status_of(await self._late(record))
 
     # --- what they share -------------------------------------------------------------------------------------------------
 
@@ -245,6 +261,9 @@ class Desk:
         if not kept.record.total:
             raise core.not_found()
         return kept
+
+    async def _late(self, record: JobRecord) -> JobRecord:
+        return await count_late(self._records, self._results, record, self._now_ms())
 
     async def _change(self, kept: Kept, change: Callable[[JobRecord], JobRecord]) -> JobRecord:
         return await change_record(self._records, kept, change)
@@ -268,6 +287,26 @@ async def change_record(records: Records, kept: Kept, change: Callable[[JobRecor
             kept = again
         else:
             return changed
+
+
+async def count_late(records: Records, results: Results, record: JobRecord, now_ms: int) -> JobRecord:
+    """A job that was stopped, with the results that were stored since it was last counted; any other as it is."""
+    if not record.over or record.done >= record.total:
+        return record
+    found = await results.outcomes(record.key_id, record.job_id, record.position, COUNT_MESSAGES)
+    if not found:
+        return record
+    kept = await records.get(record.key_id, record.job_id)
+    if kept is None:
+        return record
+    behind = kept.record
+    while found:
+        new = [(place, outcome) for place, _, outcome in found if place > behind.position]
+        behind = core.count(behind, new, now_ms)
+        found = await results.outcomes(record.key_id, record.job_id, max(behind.position, found[-1][0]), COUNT_MESSAGES)
+    with suppress(RecordMovedError):  # somebody else has counted the same
+        await records.update(behind, kept.revision)
+    return behind
 
 
 def _new_secret() -> str:

@@ -92,7 +92,9 @@ class Queues(Protocol):
         """Returns when all are stored. Raises OVERLOADED when they do not fit."""
         ...
 
-    async def fetch(self, key_id: str, job_id: str, most: int) -> Sequence[Delivery]: ...
+    async def fetch(self, key_id: str, job_id: str, most: int, wait_seconds: float) -> Sequence[Delivery]:
+        """What there is, waiting for the first."""
+        ...
 
 
 class Results(Protocol):

@@ -12,7 +12,7 @@ import logging
 import random
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
 from prometheus_client import Counter, Gauge
@@ -23,7 +23,7 @@ from libs.common.contracts import DeadLetter, DetectItems, ItemResult, JobResult
 from libs.common.errors import ErrorCode, PortcullisError
 from services.jobs import core
 from services.jobs.core import Doubts, JobRecord, Purse, Queue, Schedule
-from services.jobs.desk import change_record
+from services.jobs.desk import COUNT_MESSAGES, change_record, count_late
 from services.jobs.ports import Backend, Delivery, Kept, Queues, RecordMovedError, Records, Results
 
 log = logging.getLogger(__name__)
@@ -37,7 +37,6 @@ LOOK_SECONDS = 0.5
 """How often a replica looks for what others have accepted or finished."""
 COUNT_SECONDS = 1.0
 """How often a running job's results are counted."""
-COUNT_MESSAGES = 5000
 MOST_PER_JOB = 2
 """Messages of one job that a replica has in flight."""
 MOST_CHARACTERS = 32_000
@@ -46,10 +45,15 @@ MAX_RESULT_BYTES = 900_000
 """So that a page of results holds at least one."""
 STOP_SECONDS = 3.0
 """How long messages in hand may take when the process is about to stop."""
-ABANDONED_SECONDS = 3600.0
-"""A submission that has not been completed by then is given up."""
+ABANDONED_SECONDS = 600.0
+"""A submission to which nothing has been added for so long is given up; until then it is one of the open jobs of its key."""
 PAUSE_SECONDS = (0.2, 5.0)
 """The first and the longest pause of a job after a message that came to nothing, for no fault of its items."""
+PROBE_TEXT = "Hello."
+FETCH_SECONDS = 1.0
+"""How long a replica waits for items that nobody has had yet."""
+AGAIN_SECONDS = 0.1
+"""How long a replica waits for items that were handed out before: given back, or in the hands of somebody who has died."""
 BLOCK_SECONDS = (0.05, 30.0)
 """The least and the most that a key waits for units; its limits may be raised in the meantime."""
 
@@ -66,10 +70,11 @@ class Pace:
 
 @dataclass(slots=True)
 class _Hand:
-    """What one turn has in hand. `used`: units of the key's limits that went into results."""
+    """What one turn has in hand. `used`: units of the key's limits that went into results; `since`: when they were taken."""
 
     held: set[Delivery] = field(default_factory=set)
     used: int = 0
+    since: float = 0.0
 
 
 class Runner:
@@ -101,6 +106,8 @@ class Runner:
         self._pauses: dict[str, float] = {}
         self._sealed: dict[str, JobRecord] = {}
         self._counted_at: dict[str, float] = {}
+        self._hands: dict[str, list[_Hand]] = {}
+        self._handed_out: set[str] = set()
         self._changed = asyncio.Event()
         self._look = asyncio.Event()
         self._stopping = False
@@ -141,7 +148,12 @@ class Runner:
         queues = await self._queues.all()
         OPEN.set(len(queues))
         runnable = [queue for queue in queues if await self._is_sealed(queue)]
-        self._schedule.refresh(runnable)
+        # What waits is what was never handed out. An item that is given back, or whose replica dies, is not counted there:
+        # it stays among those in hand until somebody asks for it, so that what is not in our hands is worth asking for.
+        self._handed_out = {queue.job_id for queue in runnable if not queue.waiting}
+        self._schedule.refresh(
+            replace(queue, waiting=queue.waiting + max(0, queue.in_hand - self._in_our_hands(queue.job_id))) for queue in runnable
+        )
         self._changed.set()
         present = {queue.job_id for queue in queues}
         for job_id in self._sealed.keys() - present:
@@ -159,7 +171,7 @@ class Runner:
             return True
         if kept is not None and kept.record.over:
             await self._queues.close(queue.key_id, queue.job_id)
-        elif self._clock.now() - queue.created_ms / 1000 > ABANDONED_SECONDS:
+        elif self._now_ms() - (kept.record.updated_ms if kept is not None else queue.created_ms) > ABANDONED_SECONDS * 1000:
             if kept is not None:
                 now_ms = self._now_ms()
                 await change_record(
@@ -261,12 +273,24 @@ class Runner:
         record = self._sealed.get(job_id)
         if record is None:
             return False
-        units, degraded = await self._units(record, most)
-        if not units:
-            return False
+        units, degraded = 0, False
         hand = _Hand()
+        self._hands.setdefault(job_id, []).append(hand)
         try:
-            hand.held |= set(await self._queues.fetch(key_id, job_id, units))
+            if job_id in self._handed_out:  # there may be nothing: units only for what there is
+                hand.held |= set(await self._queues.fetch(key_id, job_id, most, AGAIN_SECONDS))
+                if hand.held:
+                    units, degraded = await self._units(record, len(hand.held), hand)
+                    if not units:
+                        return False
+                for delivery in sorted(hand.held, key=lambda delivery: delivery.index)[units:]:
+                    await delivery.give_back(PAUSE_SECONDS[0])
+                    hand.held.discard(delivery)
+            else:
+                units, degraded = await self._units(record, most, hand)
+                if not units:
+                    return False
+                hand.held |= set(await self._queues.fetch(key_id, job_id, units, FETCH_SECONDS))
             if not hand.held:
                 self._schedule.drop(key_id, job_id)  # until the next look
                 return False
@@ -274,18 +298,28 @@ class Runner:
                 await self._start(record)
             await self._process(record, hand, degraded)
         finally:
-            self._purse.put(key_id, units - hand.used, self._clock.monotonic())
+            self._put_down(job_id, hand)
+            self._purse.put(key_id, units - hand.used, hand.since)
             # Whatever ended this early, somebody else can go on at once.
             with suppress(PortcullisError):
                 for delivery in hand.held:
                     await delivery.give_back(PAUSE_SECONDS[0])
         return True
 
-    async def _units(self, record: JobRecord, most: int) -> tuple[int, bool]:
+    def _in_our_hands(self, job_id: str) -> int:
+        return sum(len(hand.held) for hand in self._hands.get(job_id, ()))
+
+    def _put_down(self, job_id: str, hand: _Hand) -> None:
+        self._hands[job_id].remove(hand)
+        if not self._hands[job_id]:
+            del self._hands[job_id]
+
+    async def _units(self, record: JobRecord, most: int, hand: _Hand) -> tuple[int, bool]:
         """Units for up to `most` items, and whether the limiter ran without Redis."""
         now = self._clock.monotonic()
         key_id = record.key_id
-        if held := self._purse.take(key_id, most, now):
+        held, hand.since = self._purse.take(key_id, most, now)
+        if held:
             return held, False
         try:
             admission = await self._backend.take(key_id, most)
@@ -311,6 +345,7 @@ class Runner:
         ended = await change_record(
             self._records, kept, lambda each: each if each.over else core.end(each, "failed", reason, now_ms)
         )
+        await count_late(self._records, self._results, ended, now_ms)
         await self._finish(ended)
 
     async def _start(self, record: JobRecord) -> None:
@@ -352,7 +387,14 @@ class Runner:
 
     async def _message(self, record: JobRecord, group: list[Delivery], degraded: bool, hand: _Hand) -> None:
         """One message to the proxy, and what comes of it."""
-        results = await self._judged(record, group, degraded)
+        results: Sequence[ItemResult | PortcullisError]
+        suspect = len(group) == 1 and self._doubts.unproven((record.job_id, group[0].index))
+        if suspect and not await self._can_judge(record, degraded, hand):
+            self._hold(record, self._pause(record.job_id))
+            # The item has not been tried: a code that says nothing about it.
+            results = [PortcullisError(ErrorCode.OVERLOADED)]
+        else:
+            results = await self._judged(record, group, degraded)
         settled = await asyncio.gather(
             *(
                 self._settle(record, delivery, result, alone=len(group) == 1)
@@ -367,6 +409,23 @@ class Runner:
         for outcome in settled:
             if isinstance(outcome, BaseException):
                 raise outcome
+
+    async def _can_judge(self, record: JobRecord, degraded: bool, hand: _Hand) -> bool:
+        """Whether a text that harms nobody is judged; that costs the key a unit.
+
+        Where nothing else is under way, nothing else tells an item that ends whoever works on it from an outage.
+        """
+        message = DetectItems(key_id=record.key_id, texts=(PROBE_TEXT,), threshold=record.threshold, rate_degraded=degraded)
+        try:
+            (result,) = (await self._backend.judge(message)).results
+        except PortcullisError as error:
+            log.info("nothing can be judged: %s", error)
+            return False
+        if result.verdict is None:
+            return False
+        hand.used += 1
+        self._doubts.succeeded()
+        return True
 
     async def _judged(self, record: JobRecord, group: list[Delivery], degraded: bool) -> list[ItemResult | PortcullisError]:
         readable = [delivery for delivery in group if delivery.item is not None]
