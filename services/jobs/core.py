@@ -176,8 +176,8 @@ def expire(record: JobRecord, now_ms: int, max_run_ms: int) -> JobRecord | None:
     return end(record, "failed", _EXPIRED, now_ms) if now_ms - record.created_ms > max_run_ms else None
 
 
-def status_of(record: JobRecord, *, with_secret: bool = False) -> JobStatus:
-    rate, end_at = _speed(record)
+def status_of(record: JobRecord, now_ms: int, *, with_secret: bool = False) -> JobStatus:
+    rate, end_at = _speed(record, now_ms)
     webhook = None
     if record.webhook_url is not None:
         webhook = JobWebhook(url=record.webhook_url, secret=record.webhook_secret if with_secret else None)
@@ -199,11 +199,14 @@ def status_of(record: JobRecord, *, with_secret: bool = False) -> JobStatus:
     )
 
 
-def _speed(record: JobRecord) -> tuple[float | None, str | None]:
-    """Items a second, and when the last one will be done at that speed; of a job that is over, that of the whole."""
+def _speed(record: JobRecord, now_ms: int) -> tuple[float | None, str | None]:
+    """Items a second, and when the last one will be done at that speed; of a job that is over, that of the whole.
+
+    Up to now and not to the last result: a job that waits for its key's limits becomes slower all the time.
+    """
     if record.started_ms is None:
         return None, None
-    since, done, until = record.mark_ms or record.started_ms, record.done - record.mark_done, record.updated_ms
+    since, done, until = record.mark_ms or record.started_ms, record.done - record.mark_done, now_ms
     if record.over:
         since, done, until = record.started_ms, record.done, record.finished_ms or record.updated_ms
     if done <= 0 or until <= since:

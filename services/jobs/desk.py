@@ -133,7 +133,7 @@ class Desk:
         key_id, job_id = principal.key_id, message.job_id
         kept = await self._get(key_id, job_id)
         if kept.record.state != "open":
-            return self._same(kept.record, message)
+            return self._same(kept.record, message, self._now_ms())
         if message.webhook_url is not None and (refusal := self._webhook_refusal(message.webhook_url)) is not None:
             await self._give_up(kept)  # it will not be completed
             raise PortcullisError(ErrorCode.INVALID_FIELD, fields=(("webhook.url", refusal),))
@@ -163,13 +163,13 @@ class Desk:
 
         record = await self._change(kept, sealed)
         self._kick()
-        return self._same(record, message)
+        return self._same(record, message, self._now_ms())
 
     @staticmethod
-    def _same(record: JobRecord, message: JobSeal) -> JobStatus:
+    def _same(record: JobRecord, message: JobSeal, now_ms: int) -> JobStatus:
         if record.digest != message.digest:
             raise core.conflict() if record.digest else core.superseded()
-        return core.status_of(record, with_secret=True)
+        return core.status_of(record, now_ms, with_secret=True)
 
     async def _check_room(self, key_id: str, job_id: str) -> None:
         open_jobs = [queue for queue in await self._queues.all() if queue.job_id != job_id]
@@ -196,7 +196,7 @@ class Desk:
     # --- reading ---------------------------------------------------------------------------------------------------------
 
     async def get(self, principal: Principal, job_id: str) -> JobStatus:
-        return core.status_of(await self._late((await self._visible(principal.key_id, job_id)).record))
+        return self._status(await self._late((await self._visible(principal.key_id, job_id)).record))
 
     async def list(self, principal: Principal, message: JobList) -> JobPage:
         ids = [
@@ -213,7 +213,7 @@ class Desk:
             shown += [each.record for each in kept if each is not None and each.record.total]
         page = shown[: message.limit]
         return JobPage(
-            jobs=tuple(core.status_of(record) for record in page),
+            jobs=tuple(self._status(record) for record in page),
             next_before=page[-1].job_id if len(shown) > len(page) else None,
         )
 
@@ -231,7 +231,7 @@ class Desk:
             if kept.record.over:
                 raise core.not_found()
             await self._give_up(kept)
-            return core.status_of(core.end(kept.record, "cancelled", None, self._now_ms()))
+            return self._status(core.end(kept.record, "cancelled", None, self._now_ms()))
 
         def cancelled(record: JobRecord) -> JobRecord:
             return record if record.over else core.end(record, "cancelled", None, self._now_ms())
@@ -239,7 +239,7 @@ class Desk:
         record = await self._change(kept, cancelled)
         if record.state == "cancelled":
             await self._queues.close(record.key_id, record.job_id)
-        return core.status_of(await self._late(record))
+        return self._status(await self._late(record))
 
     # --- what they share -------------------------------------------------------------------------------------------------
 
@@ -261,6 +261,9 @@ class Desk:
         if not kept.record.total:
             raise core.not_found()
         return kept
+
+    def _status(self, record: JobRecord) -> JobStatus:
+        return core.status_of(record, self._now_ms())
 
     async def _late(self, record: JobRecord) -> JobRecord:
         return await count_late(self._records, self._results, record, self._now_ms())

@@ -214,7 +214,7 @@ class Deliverer:
         record = kept.record
         assert record.webhook_url is not None
         assert record.webhook_secret is not None
-        status = core.status_of(record)
+        status = core.status_of(record, int(self._clock.now() * 1000))
         at = datetime.fromtimestamp(self._clock.now(), UTC)
         failure = await self._sender.send(record.webhook_url, record.webhook_secret, f"msg_{record.job_id}", at, document(status))
         SENT.labels("delivered" if failure is None else "failed").inc()

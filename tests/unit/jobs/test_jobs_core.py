@@ -68,7 +68,7 @@ def steady(per_second: int, seconds: int, total: int = 1_000_000) -> core.JobRec
 
 
 def test_speed_and_end_of_a_steady_job() -> None:
-    status = core.status_of(steady(10, 30, total=1000))
+    status = core.status_of(steady(10, 30, total=1000), BEGIN_MS + 30_000)
     assert status.items_per_second == pytest.approx(10)
     assert status.estimated_end_at == core.iso(BEGIN_MS + 100_000) == "2027-01-15T08:01:40.000Z"
 
@@ -78,21 +78,30 @@ def test_speed_forgets_what_was_minutes_ago() -> None:
     for second in range(31, 331):
         job = core.count(job, [(job.position + 1, "benign")], BEGIN_MS + second * 1000)
         if second > 30 + 120:  # the older mark is at most two spans back
-            assert core.status_of(job).items_per_second == pytest.approx(1, rel=0.05)
+            assert core.status_of(job, job.updated_ms).items_per_second == pytest.approx(1, rel=0.05)
             assert 60_000 <= job.updated_ms - job.mark_ms <= 121_000
 
 
+def test_a_job_that_waits_for_its_keys_limits_becomes_slower_and_its_end_is_not_in_the_past() -> None:
+    job = steady(60, 1, total=180)
+    for waited in (1, 30, 59):
+        status = core.status_of(job, BEGIN_MS + 1000 + waited * 1000)
+        assert status.items_per_second == pytest.approx(60 / (1 + waited), abs=0.001)
+        assert status.estimated_end_at is not None
+        assert status.estimated_end_at > core.iso(BEGIN_MS + 1000 + waited * 1000)
+
+
 def test_a_job_that_has_not_begun_has_no_speed_and_one_that_is_over_that_of_the_whole() -> None:
-    assert core.status_of(record()).items_per_second is None
-    assert core.status_of(core.started(record(), 10)).estimated_end_at is None
+    assert core.status_of(record(), 0).items_per_second is None
+    assert core.status_of(core.started(record(), 10), 20).estimated_end_at is None
     ended = core.count(core.started(record(), 1000), [(place, "benign") for place in range(1, 5)], 3000)
-    status = core.status_of(ended)
+    status = core.status_of(ended, 9000)
     assert (status.items_per_second, status.estimated_end_at) == (2.0, None)
 
 
 def test_the_secret_of_a_webhook_is_shown_only_where_it_is_asked_for() -> None:
     job = record(webhook_url="https://example.com/", webhook_secret="whsec_x")
-    shown, hidden = core.status_of(job, with_secret=True).webhook, core.status_of(job).webhook
+    shown, hidden = core.status_of(job, 0, with_secret=True).webhook, core.status_of(job, 0).webhook
     assert shown is not None
     assert hidden is not None
     assert (shown.secret, hidden.secret) == ("whsec_x", None)

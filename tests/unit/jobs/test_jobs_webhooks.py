@@ -202,7 +202,9 @@ async def test_an_address_that_was_accepted_under_other_settings_is_not_connecte
 
 async def test_what_arrives_is_verified_as_the_standard_has_it() -> None:
     receiver = Receiver()
-    body = webhooks.document(core.status_of(record(state="done", done=4, finished_ms=1_800_000_000_000, webhook_secret=SECRET)))
+    body = webhooks.document(
+        core.status_of(record(state="done", done=4, finished_ms=1_800_000_000_000, webhook_secret=SECRET), 0)
+    )
     async with listening(receiver) as url, sender() as each:
         assert await send(each, url, body) is None
     ((path, headers, received),) = receiver.requests
@@ -223,7 +225,7 @@ def test_a_document_holds_counts_and_times_and_no_secret() -> None:
     job = record(
         state="failed", reason="why", done=3, webhook_url="https://example.com/", webhook_secret=SECRET, finished_ms=1000
     )
-    document = webhooks.document(core.status_of(job))
+    document = webhooks.document(core.status_of(job, 0))
     event = json.loads(document)
     assert (event["type"], event["timestamp"]) == ("job.failed", "1970-01-01T00:00:01.000Z")
     assert (event["data"]["job_id"], event["data"]["done"], event["data"]["reason"]) == (JOB, 3, "why")
