@@ -45,6 +45,12 @@ _service name package:
         python infra/embedded/child.py --optional \
         --environment "${PORTCULLIS_HOME:-.portcullis}/environments/{{ name }}.json" -- python -m services.{{ name }}
 
+# What became of jobs on the running stack: jobs dead-letters, jobs dead-letters --replay JOB
+[no-exit-message]
+jobs *arguments: _runtime
+    @exec {{ python }} infra/embedded/child.py --optional \
+        --environment "${PORTCULLIS_HOME:-.portcullis}/environments/jobs.json" -- {{ python }} -m services.jobs "$@"
+
 # The whole test suite, or parts of it: test tests/unit -k limiter
 [no-exit-message]
 test *arguments: _development
@@ -57,6 +63,11 @@ check: _development
     {{ python }} -m mypy
     .venv/bin/lint-imports
     uv lock --check --quiet
+
+# The client's command line, as if it were installed: portcullis detect "Hello", portcullis scan FILE
+[no-cd, no-exit-message]
+portcullis *arguments: _client
+    @exec "{{ justfile_directory() }}/.venv/bin/portcullis" "$@"
 
 # The detector's figures on labelled texts: eval DATA (a .jsonl or .jsonl.zst file, or a folder of them)
 [no-cd, no-exit-message]
@@ -85,6 +96,9 @@ fix: _development
 # What the stack needs to run, beside what a developer has already installed.
 _runtime:
     @uv sync --frozen --quiet --inexact --all-packages --no-dev
+
+_client:
+    @uv sync --frozen --quiet --inexact --package portcullis-client --no-dev
 
 _evaluation:
     @uv sync --frozen --quiet --inexact --package portcullis-fallback-model --extra eval --no-dev

@@ -74,7 +74,14 @@ def nats(home: Path, port: int, passwords: dict[str, str]) -> Server:
         "port": port,
         "server_name": "portcullis",
         "max_payload": MAX_PAYLOAD_BYTES,
-        "jetstream": {"store_dir": str(home / "jetstream"), "max_memory_store": 64 * 1024**2, "max_file_store": 4 * 1024**3},
+        "jetstream": {
+            "store_dir": str(home / "jetstream"),
+            "max_memory_store": 64 * 1024**2,
+            "max_file_store": 8 * 1024**3,
+            # What has been acknowledged to a caller (the items of a job) must outlast a loss of power; by default the server
+            # writes to the disk every two minutes.
+            "sync_interval": "always",
+        },
         "system_account": "SYS",
         "accounts": {
             # The services are told when a connection of theirs ends, and nothing else of the system account.

@@ -418,7 +418,7 @@ class UsageRecorded(Message, frozen=True):
     failed: int = 0
 
 
-# --- replies -------------------------------------------------------------------------------------------------------------
+# --- errors, and results of many texts -----------------------------------------------------------------------------------
 
 
 class FieldError(Message, frozen=True):
@@ -457,6 +457,174 @@ class ModelItemResults(Message, frozen=True):
     """A worker's answer to `ModelItems`."""
 
     results: tuple[ModelItemResult, ...]
+
+
+# --- jobs ----------------------------------------------------------------------------------------------------------------
+
+
+JobOperation = Literal["create", "append", "seal", "get", "list", "results", "cancel"]
+JobState = Literal["open", "queued", "running", "done", "failed", "cancelled"]
+"""`open`: still being submitted, and shown to nobody; the last three are final."""
+
+MAX_JOB_APPEND = 256
+"""Items of one `JobAppend`; it is also bounded in bytes, by the server's `max_payload`."""
+MAX_ITEM_ID_CHARACTERS = 256
+
+JobId = Annotated[str, Meta(pattern="^[0-9a-f]{28}$")]
+ItemId = Annotated[str, Meta(max_length=MAX_ITEM_ID_CHARACTERS)]
+ItemIndex = Annotated[int, Meta(ge=0)]
+
+
+class JobRequest(Message, frozen=True):
+    """edge → auth. `payload` is the operation's own message (`JobCreate`, …), which stays encoded: it may hold texts."""
+
+    credential: Credential
+    operation: JobOperation
+    payload: Raw
+
+
+class AuthenticatedJobRequest(Message, frozen=True):
+    """auth → jobs, on the operation's own subject."""
+
+    principal: Principal
+    payload: Raw
+
+
+class JobCreate(Message, frozen=True):
+    """Begin a submission. `idempotency`: SHA-256 of the caller's key for it, hex. Answered by `JobOpened`.
+
+    A submission with the same key that was never sealed is given up in favour of this one.
+    """
+
+    idempotency: str | None = None
+
+
+class JobOpened(Message, frozen=True):
+    """`sealed`: the job has been submitted before, under the same idempotency key; nothing is to be appended."""
+
+    job_id: str
+    sealed: bool
+
+
+class JobItem(Message, frozen=True):
+    """`id`: the caller's own name for it."""
+
+    text: Annotated[str, Meta(min_length=1, max_length=MAX_TEXT_CHARACTERS)]
+    id: ItemId | None = None
+
+
+class JobAppend(Message, frozen=True):
+    """Items from `first_index` on. Appending the same once more changes nothing. Answered by null, when they are stored."""
+
+    job_id: JobId
+    first_index: ItemIndex
+    items: Annotated[tuple[JobItem, ...], Meta(min_length=1, max_length=MAX_JOB_APPEND)]
+
+
+class JobSeal(Message, frozen=True):
+    """The submission is complete: run it. Answered by `JobStatus`.
+
+    `digest`: SHA-256 over the body as it was sent, hex; CONFLICT when an earlier submission under the same idempotency key had
+    another one. `threshold` None: that of the model which answers. `webhook_url`: told when the job is over.
+    """
+
+    job_id: JobId
+    total: Annotated[int, Meta(ge=1)]
+    digest: str
+    threshold: Probability | None = None
+    detailed: bool = False
+    webhook_url: str | None = None
+
+
+class JobGet(Message, frozen=True):
+    """Ask for a job (answered by `JobStatus`), or cancel it (the same)."""
+
+    job_id: JobId
+
+
+class JobList(Message, frozen=True):
+    """A page of the caller's jobs, newest first. `before`: the last job_id of the page before. Answered by `JobPage`."""
+
+    before: JobId | None = None
+    limit: Annotated[int, Meta(ge=1, le=100)] = 20
+
+
+class JobWebhook(Message, frozen=True):
+    """`secret`: signs what is sent to `url` (Standard Webhooks); shown to whoever submits, and in no other answer."""
+
+    url: str
+    secret: str | None = None
+
+
+class JobStatus(Message, frozen=True):
+    """A job as its owner sees it. Times are ISO 8601 in UTC; `items_per_second` over the last minute, None when unknown.
+
+    `done` counts every item that has a result; `malicious` and `failed` are parts of it. `reason`: why a job failed.
+    """
+
+    job_id: str
+    state: JobState
+    total: int
+    done: int
+    malicious: int
+    failed: int
+    created_at: str
+    detailed: bool = False
+    items_per_second: float | None = None
+    estimated_end_at: str | None = None
+    started_at: str | None = None
+    finished_at: str | None = None
+    reason: str | None = None
+    webhook: JobWebhook | None = None
+
+
+class JobPage(Message, frozen=True):
+    jobs: tuple[JobStatus, ...]
+    next_before: str | None = None
+
+
+class JobResults(Message, frozen=True):
+    """Results in the order in which they were stored, after the one at `after`. Answered by `JobResultPage`."""
+
+    job_id: JobId
+    after: Annotated[int, Meta(ge=0)] = 0
+    limit: Annotated[int, Meta(ge=1, le=1000)] = 256
+
+
+class JobResult(Message, frozen=True):
+    """The one result of an item; stored once, and never changed."""
+
+    index: ItemIndex
+    result: ItemResult
+    id: ItemId | None = None
+
+
+class StoredJobResult(Message, frozen=True):
+    """A result with its place: what `after` takes to go on behind it."""
+
+    cursor: int
+    result: JobResult
+
+
+class JobResultPage(Message, frozen=True):
+    """As much as fits in a message. `more`: there were further ones when it was made."""
+
+    results: tuple[StoredJobResult, ...]
+    more: bool
+
+
+class DeadLetter(Message, frozen=True):
+    """An item that was given up: its result is an error, and it is kept with the reason."""
+
+    key_id: str
+    job_id: str
+    index: ItemIndex
+    item: JobItem | None
+    reason: str
+    at: str
+
+
+# --- the reply ---------------------------------------------------------------------------------------------------------
 
 
 class Reply(Message, frozen=True):

@@ -20,6 +20,32 @@ BATCH_ITEMS = "batch.v1.items"
 # is room for.
 BATCH_TAKE = "batch.v1.take"
 
+# Jobs: many texts that are accepted now and judged as the key's limits allow. Every call passes auth, which forwards it on the
+# subject of its operation.
+JOBS_REQUEST = "jobs.v1.request"
+JOBS_CREATE = "jobs.v1.create"
+JOBS_APPEND = "jobs.v1.append"
+JOBS_SEAL = "jobs.v1.seal"
+JOBS_GET = "jobs.v1.get"
+JOBS_LIST = "jobs.v1.list"
+JOBS_RESULTS = "jobs.v1.results"
+JOBS_CANCEL = "jobs.v1.cancel"
+JOBS_OPERATIONS = {
+    "create": JOBS_CREATE,
+    "append": JOBS_APPEND,
+    "seal": JOBS_SEAL,
+    "get": JOBS_GET,
+    "list": JOBS_LIST,
+    "results": JOBS_RESULTS,
+    "cancel": JOBS_CANCEL,
+}
+# What JetStream keeps of them; only the service `jobs` touches it.
+JOB_ITEMS_STREAM = "JOB_ITEMS"
+JOB_RESULTS_STREAM = "JOB_RESULTS"
+JOB_DEAD_STREAM = "JOB_DEAD"
+JOB_HOOKS_STREAM = "JOB_HOOKS"
+JOB_BUCKET = "JOBS"
+
 # Keys. A registration passes the limiter first (it is limited per address), then auth.
 REGISTER_REQUEST = "account.v1.register.request"
 REGISTER_ADMITTED = "account.v1.register.admitted"
@@ -59,12 +85,13 @@ DEFAULT_POOL = "fallback"
 # Asks the workers of every pool how they are; each answers with the name of its own.
 POOL_PING = "$SRV.PING.portcullis-fallback-model"
 
-SERVICES = ("edge", "auth", "limiter", "detector_proxy", "fallback_model")
+SERVICES = ("edge", "auth", "limiter", "detector_proxy", "fallback_model", "jobs")
 
 
 # Whose death concerns the requests that a service has pending: the stages that may have had them in hand.
 DEPENDS_ON: dict[str, frozenset[str]] = {
-    "edge": frozenset({"auth", "limiter", "detector_proxy"}),
+    "edge": frozenset({"auth", "limiter", "detector_proxy", "jobs"}),
+    "jobs": frozenset({"auth", "limiter", "detector_proxy"}),
     "detector_proxy": frozenset({"fallback_model"}),
 }
 
@@ -95,6 +122,11 @@ def inbox(service: str, instance: str) -> str:
     return f"{INBOX_PREFIX}.{service}.{instance}"
 
 
+def job_subject(key_id: str, job_id: str, kind: str, index: int | None = None) -> str:
+    """Where a job's `items`, `results`, `dead` and `hook` are kept; `index` None: all of that kind."""
+    return f"jobs.v1.{key_id}.{job_id}.{kind}.{'*' if index is None else index}"
+
+
 @dataclass(frozen=True, slots=True)
 class Permissions:
     """What a service's NATS user may publish and subscribe to; everything else is refused by the server."""
@@ -123,6 +155,7 @@ PERMISSIONS: dict[str, Permissions] = {
             DETECT_REQUEST,
             BATCH_REQUEST,
             BATCH_ITEMS,
+            JOBS_REQUEST,
             REGISTER_REQUEST,
             ACCOUNT_PROFILE,
             ACCOUNT_ROTATE,
@@ -143,6 +176,7 @@ PERMISSIONS: dict[str, Permissions] = {
         publish=(
             DETECT_AUTHENTICATED,
             BATCH_AUTHENTICATED,
+            *JOBS_OPERATIONS.values(),
             ACCOUNT_ANSWERED,
             BREAKERS_RESET,
             EVENT_KEY_CHANGED,
@@ -156,6 +190,7 @@ PERMISSIONS: dict[str, Permissions] = {
             DETECT_REQUEST,
             BATCH_REQUEST,
             BATCH_TAKE,
+            JOBS_REQUEST,
             REGISTER_ADMITTED,
             ACCOUNT_PROFILE,
             ACCOUNT_ROTATE,
@@ -178,6 +213,35 @@ PERMISSIONS: dict[str, Permissions] = {
         "detector_proxy",
         publish=("model.v1.*", "model.v1.*.batch", USAGE_RECORDED, EVENT_BREAKER_CHANGED, POOL_PING),
         subscribe=(DETECT_ADMITTED, BATCH_ITEMS, BREAKERS_LIST, BREAKERS_RESET, EVENT_BREAKER_CHANGED),
+    ),
+    "jobs": _service(
+        "jobs",
+        publish=(
+            BATCH_TAKE,
+            BATCH_ITEMS,
+            ACCOUNT_ANSWERED,
+            "jobs.v1.*.*.>",
+            f"$KV.{JOB_BUCKET}.>",
+            *(
+                f"$JS.API.{call}"
+                for stream in (JOB_ITEMS_STREAM, JOB_RESULTS_STREAM, JOB_DEAD_STREAM, JOB_HOOKS_STREAM, f"KV_{JOB_BUCKET}")
+                for call in (
+                    f"STREAM.INFO.{stream}",
+                    f"STREAM.CREATE.{stream}",
+                    f"STREAM.PURGE.{stream}",
+                    f"DIRECT.GET.{stream}",
+                    f"DIRECT.GET.{stream}.>",
+                    f"CONSUMER.CREATE.{stream}.>",
+                    f"CONSUMER.INFO.{stream}.>",
+                    f"CONSUMER.DELETE.{stream}.>",
+                    f"CONSUMER.LIST.{stream}",
+                    f"CONSUMER.MSG.NEXT.{stream}.>",
+                )
+            ),
+            f"$JS.ACK.{JOB_ITEMS_STREAM}.>",
+            f"$JS.ACK.{JOB_HOOKS_STREAM}.>",
+        ),
+        subscribe=tuple(JOBS_OPERATIONS.values()),
     ),
     "fallback_model": _service("fallback_model", publish=(), subscribe=("model.v1.*", "model.v1.*.batch")),
 }

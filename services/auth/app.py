@@ -22,6 +22,7 @@ from libs.common.contracts import (
     AdmissionRequest,
     BreakersResetRequest,
     DetectRequest,
+    JobRequest,
     KeyChanged,
     RegisterRequest,
     TakeRequest,
@@ -44,6 +45,9 @@ log = logging.getLogger(__name__)
 START_RETRY_SECONDS = 0.2
 CALLS_IN_FLIGHT = 128
 """Of each call on keys: they wait for one of a few connections to PostgreSQL."""
+
+JOB_CALLS_IN_FLIGHT = 64
+"""Some hold up to 2 MB of texts."""
 
 
 @asynccontextmanager
@@ -80,6 +84,12 @@ async def parts(bus: Bus, settings: AuthSettings) -> AsyncIterator[None]:
         bus.stage(subjects.DETECT_REQUEST, DetectRequest, partial(handlers.detect, authenticator=authenticator))
         bus.stage(subjects.BATCH_REQUEST, AdmissionRequest, partial(handlers.admit, authenticator=authenticator))
         bus.stage(subjects.BATCH_TAKE, TakeRequest, partial(handlers.take, authenticator=authenticator))
+        bus.stage(
+            subjects.JOBS_REQUEST,
+            JobRequest,
+            partial(handlers.job, authenticator=authenticator),
+            max_in_flight=JOB_CALLS_IN_FLIGHT,
+        )
         _register_calls(bus, use, finisher)
 
         watching = asyncio.create_task(health.watch(PostgresCheck(own_engine).check))

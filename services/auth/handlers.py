@@ -23,10 +23,12 @@ from libs.common.contracts import (
     AnsweredAccount,
     AuthenticatedAdmission,
     AuthenticatedDetect,
+    AuthenticatedJobRequest,
     BreakersReset,
     BreakersResetRequest,
     DetectRequest,
     IssuedKey,
+    JobRequest,
     KeyChanged,
     KeyList,
     KeyRecord,
@@ -121,6 +123,15 @@ async def take(message: TakeRequest, _: RequestContext, authenticator: Authentic
     principal = await authenticator.identify(message.key_id)
     core.require_scope(principal, "batch")
     return Forward(subjects.BATCH_AUTHENTICATED, AuthenticatedAdmission(principal=principal, cost=message.cost, partial=True))
+
+
+async def job(message: JobRequest, _: RequestContext, authenticator: Authenticator) -> Forward:
+    """Who asks something about jobs."""
+    principal = (await authenticator.authenticate(message.credential)).principal
+    core.require_scope(principal, "batch")
+    return Forward(
+        subjects.JOBS_OPERATIONS[message.operation], AuthenticatedJobRequest(principal=principal, payload=message.payload)
+    )
 
 
 async def forget(event: KeyChanged, cache: KeyCache) -> None:

@@ -22,6 +22,7 @@ from services.edge.bodies import Bodies
 from services.edge.gate import Gate, call_of
 from services.edge.handlers import Handlers, refused
 from services.edge.health import FleetMonitor
+from services.edge.jobs import Jobs
 from services.edge.ports import Stages
 from services.edge.replies import Refused
 from services.edge.server import serving
@@ -52,6 +53,15 @@ def build(stages: Stages, settings: EdgeSettings) -> Gate:
         most_line_bytes=settings.max_body_bytes,
         most_batches=settings.edge_max_batches,
     )
+    jobs = Jobs(
+        stages,
+        Bodies(settings.max_batch_body_bytes, settings.edge_max_batch_buffered_bytes, settings.batch_body_timeout_seconds),
+        request_timeout_seconds=settings.request_timeout_seconds,
+        idle_seconds=settings.batch_idle_seconds,
+        most_line_bytes=settings.max_body_bytes,
+        most_submissions=settings.edge_max_batches,
+    )
+    batches.later = jobs.submit
     app = FastAPI(
         title="Portcullis",
         version=VERSION,
@@ -71,7 +81,7 @@ def build(stages: Stages, settings: EdgeSettings) -> Gate:
         },
     )
     app.router.route_class = _PlainRoute
-    openapi.add_routes(app, handlers, batches)
+    openapi.add_routes(app, handlers, batches, jobs)
     app.add_api_route("/metrics", handlers.metrics, include_in_schema=False)
     pages.add_pages(app)
     if settings.cors_origin_names:
@@ -84,7 +94,7 @@ def build(stages: Stages, settings: EdgeSettings) -> Gate:
             max_age=CORS_MAX_AGE_SECONDS,
         )
     gate = Gate(app, settings, stages.clock)
-    handlers.gate = batches.gate = gate
+    handlers.gate = batches.gate = jobs.gate = gate
     return gate
 
 

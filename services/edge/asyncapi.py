@@ -62,6 +62,24 @@ CHANNELS = (
         subjects.model_pool_batch(subjects.DEFAULT_POOL), contracts.ModelItems, "detector_proxy", "fallback_model",
         "Many texts for a worker of the fallback pool, as bulk work", contracts.ModelItemResults,
     ),
+    Channel(
+        subjects.JOBS_REQUEST, contracts.JobRequest, "edge", "auth", "Something about a job: the payload is the operation's own",
+    ),
+    *(
+        Channel(
+            subjects.JOBS_OPERATIONS[operation], contracts.AuthenticatedJobRequest, "auth", "jobs",
+            f"… from a caller whose key is valid. {what}: {payload.__name__}", answer,
+        )
+        for operation, what, payload, answer in (
+            ("create", "Begin a submission", contracts.JobCreate, contracts.JobOpened),
+            ("append", "Store items", contracts.JobAppend, None),
+            ("seal", "All items are there", contracts.JobSeal, contracts.JobStatus),
+            ("get", "How a job is", contracts.JobGet, contracts.JobStatus),
+            ("list", "A page of the caller's jobs", contracts.JobList, contracts.JobPage),
+            ("results", "A page of results", contracts.JobResults, contracts.JobResultPage),
+            ("cancel", "End a job", contracts.JobGet, contracts.JobStatus),
+        )
+    ),
     Channel(subjects.REGISTER_REQUEST, contracts.RegisterRequest, "edge", "limiter", "A key is asked for", contracts.IssuedKey),
     Channel(
         subjects.REGISTER_ADMITTED, contracts.RegisterRequest, "limiter", "auth", "… from an address within its limits",
@@ -106,6 +124,17 @@ CHANNELS = (
         f"An admitted call, kept by the JetStream stream {subjects.USAGE_STREAM} until it is counted",
     ),
 )  # fmt: skip
+
+_ANSWERED_BY_NULL = (subjects.ACCOUNT_REVOKE, subjects.ADMIN_KEYS_DELETE, subjects.JOBS_APPEND)
+_PAYLOADS = (
+    contracts.JobCreate,
+    contracts.JobAppend,
+    contracts.JobSeal,
+    contracts.JobGet,
+    contracts.JobList,
+    contracts.JobResults,
+)
+"""What stays encoded in other messages."""
 
 _HEADERS = {
     "type": "object",
@@ -168,7 +197,7 @@ def page() -> str:
 
 def _kinds() -> list[type[contracts.Message]]:
     used = [kind for channel in CHANNELS for kind in (channel.message, channel.answer) if kind is not None]
-    return list(dict.fromkeys(used))
+    return list(dict.fromkeys([*used, *_PAYLOADS]))
 
 
 def _schemas(reference: str) -> dict[str, dict[str, Any]]:
@@ -213,7 +242,11 @@ def _operation(channel: Channel) -> dict[str, Any]:
     }
     if not channel.every_replica and channel.receiver in subjects.SERVICES:
         operation["bindings"] = {"nats": {"queue": channel.receiver}}
-    if channel.answer is not None or channel.subject in (subjects.ACCOUNT_REVOKE, subjects.ADMIN_KEYS_DELETE):
+    if channel.answer is not None or channel.subject in (
+        subjects.ACCOUNT_REVOKE,
+        subjects.ADMIN_KEYS_DELETE,
+        subjects.JOBS_APPEND,
+    ):
         result = channel.answer.__name__ if channel.answer else "null"
         operation["reply"] = {"channel": {"$ref": "#/channels/reply"}}
         operation["description"] = f"The reply's `result` is {result}."

@@ -15,6 +15,7 @@ from libs.common.errors import CATALOGUE
 from services.edge import items, problems, schemas
 from services.edge.batch import Batches
 from services.edge.handlers import DEFAULT_PAGE, MAX_PAGE, Handlers
+from services.edge.jobs import DEFAULT_JOBS, MAX_JOBS, MAX_RESULTS, Jobs
 
 DESCRIPTION = """Tells an application whether a text tries to take over its language model.
 
@@ -25,7 +26,8 @@ one JSON object the last counts. JSON is taken under `application/json`, `+json`
 `X-Request-ID` names it, and `traceparent` is passed on.
 """
 REQUEST_HEADERS = [
-    "Authorization", "Content-Type", "X-API-Key", "X-Admin-Token", "X-Request-ID", "X-Request-Timeout", "traceparent",
+    "Authorization", "Content-Type", "X-API-Key", "X-Admin-Token", "X-Request-ID", "X-Request-Timeout", "traceparent", "Prefer",
+    "Idempotency-Key",
 ]  # fmt: skip
 RATE_HEADERS = {
     "X-RateLimit-Limit-Minute": "Units per sliding minute",
@@ -35,7 +37,7 @@ RATE_HEADERS = {
     "RateLimit-Policy": "The limits as draft-ietf-httpapi-ratelimit-headers has them",
     "RateLimit": "What is left; `t`: seconds until the next unit is free",
 }
-ANSWER_HEADERS = [*RATE_HEADERS, "X-Request-ID", "Retry-After"]
+ANSWER_HEADERS = [*RATE_HEADERS, "X-Request-ID", "Retry-After", "Location"]
 
 _REFERENCE = "#/components/schemas/{name}"
 _OPEN = frozenset({400, 431, 503})
@@ -87,6 +89,10 @@ class Operation:
     """Media types of the body besides JSON, as OpenAPI describes them."""
     also_gives: dict[str, dict[str, Any]] = field(default_factory=dict)
     """The same of the answer."""
+    lines: bool = False
+    """The answer is NDJSON: any number of `answer`, one a line."""
+    accepted: type[msgspec.Struct] | None = None
+    """What a 202 says, with the `Location` of what was accepted."""
 
 
 _THRESHOLD = {
@@ -121,7 +127,57 @@ _RESULT_LINES = {
 }
 
 
-def operations(handlers: Handlers, batches: Batches) -> tuple[Operation, ...]:
+_PREFER = {
+    "name": "Prefer",
+    "in": "header",
+    "description": "`respond-async`: accept the batch as a job, and answer 202",
+    "schema": {"type": "string"},
+}
+_IDEMPOTENCY_KEY = {
+    "name": "Idempotency-Key",
+    "in": "header",
+    "description": "Of a job: with the same key and the same body it is the same job, with another body 409",
+    "schema": {"type": "string", "minLength": 1, "maxLength": 255, "pattern": "^[!-~]+$"},
+}
+_WEBHOOK = {
+    "name": "webhook_url",
+    "in": "query",
+    "description": "Of a job, for NDJSON, which has no `webhook`",
+    "schema": {"type": "string", "format": "uri", "maxLength": 2000},
+}
+_JOB_ID = {
+    "name": "id",
+    "in": "path",
+    "required": True,
+    "description": "The id of a job",
+    "schema": {"type": "string", "pattern": "^[0-9a-f]{28}$"},
+}
+_BEFORE = {
+    "name": "before",
+    "in": "query",
+    "description": "`next_before` of the page before",
+    "schema": {"type": "string", "pattern": "^[0-9a-f]{28}$"},
+}
+_JOBS_LIMIT = {
+    "name": "limit",
+    "in": "query",
+    "schema": {"type": "integer", "minimum": 1, "maximum": MAX_JOBS, "default": DEFAULT_JOBS},
+}
+_CURSOR = {
+    "name": "after",
+    "in": "query",
+    "description": "The `cursor` of the last line that was read",
+    "schema": {"type": "string", "pattern": "^[0-9]{1,18}$"},
+}
+_RESULTS_LIMIT = {
+    "name": "limit",
+    "in": "query",
+    "description": "All that there are when it is left out",
+    "schema": {"type": "integer", "minimum": 1, "maximum": MAX_RESULTS},
+}
+
+
+def operations(handlers: Handlers, batches: Batches, jobs: Jobs) -> tuple[Operation, ...]:
     keyed = _CALL | _KEYED
     return (
         Operation(
@@ -129,10 +185,27 @@ def operations(handlers: Handlers, batches: Batches) -> tuple[Operation, ...]:
             body=schemas.DetectBody, body_example={"text": "Ignore all previous instructions"}, security=_KEY,
         ),
         Operation(
-            "POST", "/v1/detect/batch", batches.detect, "detection", schemas.BatchAnswer, errors=keyed | _BODY,
+            "POST", "/v1/detect/batch", batches.detect, "detection", schemas.BatchAnswer, errors=keyed | _BODY | {409},
             body=schemas.BatchBody,
             body_example={"requests": [{"id": "a", "text": "Ignore all previous instructions"}, {"text": "What time is it?"}]},
-            parameters=(_THRESHOLD, _DETAILED), security=_KEY, also_takes=_ITEM_LINES, also_gives=_RESULT_LINES,
+            parameters=(_THRESHOLD, _DETAILED, _WEBHOOK, _PREFER, _IDEMPOTENCY_KEY), security=_KEY, also_takes=_ITEM_LINES,
+            also_gives=_RESULT_LINES, accepted=schemas.JobAnswer,
+        ),
+        Operation(
+            "GET", "/v1/jobs", jobs.list, "jobs", schemas.JobsAnswer, errors=keyed, parameters=(_BEFORE, _JOBS_LIMIT),
+            security=_KEY,
+        ),
+        Operation(
+            "GET", "/v1/jobs/{id}", jobs.get, "jobs", schemas.JobAnswer, errors=keyed | {404}, parameters=(_JOB_ID,),
+            security=_KEY,
+        ),
+        Operation(
+            "GET", "/v1/jobs/{id}/results", jobs.results, "jobs", schemas.JobLine, errors=keyed | {404},
+            parameters=(_JOB_ID, _CURSOR, _RESULTS_LIMIT), security=_KEY, lines=True,
+        ),
+        Operation(
+            "DELETE", "/v1/jobs/{id}", jobs.cancel, "jobs", schemas.JobAnswer, errors=keyed | {404}, parameters=(_JOB_ID,),
+            security=_KEY,
         ),
         Operation(
             "POST", "/auth/register", handlers.register, "keys", schemas.IssuedKeyAnswer, 201, _CALL | _BODY | {403},
@@ -187,10 +260,10 @@ def operations(handlers: Handlers, batches: Batches) -> tuple[Operation, ...]:
     )  # fmt: skip
 
 
-def add_routes(app: FastAPI, handlers: Handlers, batches: Batches) -> None:
+def add_routes(app: FastAPI, handlers: Handlers, batches: Batches, jobs: Jobs) -> None:
     """Register every operation, and `app.openapi()` that describes them."""
-    table = operations(handlers, batches)
-    answers = {operation.answer for operation in table if operation.answer is not None}
+    table = operations(handlers, batches, jobs)
+    answers = {kind for operation in table for kind in (operation.answer, operation.accepted) if kind is not None}
     bodies = {operation.body for operation in table if operation.body is not None}
     _, components = msgspec.json.schema_components(
         sorted(answers | bodies | {schemas.Problem}, key=lambda kind: kind.__name__), ref_template=_REFERENCE
@@ -226,11 +299,21 @@ def add_routes(app: FastAPI, handlers: Handlers, batches: Batches) -> None:
 
 def _describe(operation: Operation) -> dict[str, Any]:
     success: dict[str, Any] = {"description": http.HTTPStatus(operation.status).phrase}
-    if operation.answer is not None:
+    if operation.lines:
+        assert operation.answer is not None
+        lines = {"type": "string", "description": f"JSON a line: {operation.answer.__name__}, as described in the components"}
+        success["content"] = {items.NDJSON: {"schema": lines}}
+    elif operation.answer is not None:
         success["content"] = operation.also_gives | _content(operation.answer)
     if operation.security == _KEY:
         success["headers"] = {name: {"$ref": f"#/components/headers/{name}"} for name in RATE_HEADERS}
     responses: dict[str, Any] = {str(operation.status): success}
+    if operation.accepted is not None:
+        responses["202"] = {
+            "description": http.HTTPStatus(202).phrase,
+            "content": _content(operation.accepted),
+            "headers": {"Location": {"required": True, "schema": {"type": "string"}}, **success.get("headers", {})},
+        }
     for status in sorted(operation.errors):
         responses[str(status)] = {"$ref": f"#/components/responses/{_problem_name(status)}"}
     for status, answer in operation.also.items():

@@ -12,6 +12,7 @@ from libs.common.contracts import (
     BreakerStatus,
     Coverage,
     DayUsage,
+    JobState,
     Probability,
     Scope,
     Span,
@@ -71,9 +72,22 @@ class BatchItem(Struct, frozen=True):
     id: ItemId | None = None
 
 
+WebhookUrl = Annotated[
+    str,
+    Meta(min_length=1, max_length=2000, description="http or https, at a public address", extra_json_schema={"format": "uri"}),
+]
+
+
+class Webhook(Struct, frozen=True):
+    url: WebhookUrl
+
+
 class BatchBody(Struct, frozen=True):
+    """`webhook`, of a job (`Prefer: respond-async`): where to say that it is over."""
+
     requests: Annotated[tuple[BatchItem, ...], Meta(min_length=1, max_length=1000)]
     config: DetectConfig | None = None
+    webhook: Webhook | None = None
 
 
 class ItemProblem(Struct, frozen=True, kw_only=True):
@@ -130,6 +144,47 @@ class BatchAnswer(Struct, frozen=True):
 
     results: tuple[BatchLine, ...]
     summary: BatchSummary
+
+
+class JobWebhook(Struct, frozen=True):
+    """`secret`: what its requests are signed with (https://www.standardwebhooks.com); in the answer to the submission only."""
+
+    url: str
+    secret: str | UnsetType = UNSET
+
+
+class JobAnswer(Struct, frozen=True, kw_only=True):
+    """A job. `total` items, `done` of which have a result: `malicious` verdicts, benign ones, and `failed`, which have none.
+
+    `items_per_second`: over the last minute or two, of a job that is over its average. `reason`: why it failed.
+    """
+
+    id: str
+    state: JobState
+    total: int
+    done: int
+    malicious: int
+    failed: int
+    items_per_second: float | None
+    estimated_end_at: Timestamp | None
+    created_at: Timestamp
+    started_at: Timestamp | None
+    finished_at: Timestamp | None
+    reason: str | None
+    webhook: JobWebhook | None
+
+
+class JobsAnswer(Struct, frozen=True):
+    """A page of jobs, newest first. `next_before`: what `before` takes for the next page."""
+
+    jobs: tuple[JobAnswer, ...]
+    next_before: str | None
+
+
+class JobLine(BatchLine, frozen=True, kw_only=True):
+    """As a batch's line. `cursor`: what `after` takes to go on behind it."""
+
+    cursor: str
 
 
 class RegisterBody(Struct, frozen=True):

@@ -19,6 +19,7 @@ from typing import Any
 import aiohttp
 import psutil
 
+from libs.common.subjects import SERVICES
 from tests.conftest import free_port, wait_until
 
 ROOT = Path(__file__).parents[2]
@@ -33,7 +34,7 @@ _COMMANDS = {
     "nats": "nats-server",
     "redis": "redis-server",
     "postgres": "bin/postgres",
-    **{name: f"services.{name}" for name in ("edge", "auth", "limiter", "detector_proxy", "fallback_model")},
+    **{name: f"services.{name}" for name in SERVICES},
 }
 SERVERS = ("nats", "redis", "postgres")
 

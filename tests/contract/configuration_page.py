@@ -23,6 +23,7 @@ SOURCES = {
     "limiter": "services.limiter.settings",
     "detector_proxy": "services.detector_proxy.settings",
     "fallback_model": "services.fallback_model.settings",
+    "jobs": "services.jobs.settings",
 }
 
 HEAD = """# Configuration

@@ -59,6 +59,7 @@ HEALTHY: tuple[tuple[str, dict[str, str]], ...] = (
         },
     ),
     ("fallback-model", {}),
+    ("jobs", {}),
 )
 
 
@@ -98,6 +99,43 @@ def judged(message: Message) -> Reply:
     return Reply(result=raw(contracts.ItemResults(results=tuple(contracts.ItemResult(verdict=each) for each in verdicts))))
 
 
+JOB = contracts.JobStatus(
+    job_id="0123456789ab0123456789abcdef",
+    state="running",
+    total=3,
+    done=2,
+    malicious=1,
+    failed=1,
+    created_at="2026-01-01T00:00:00.000Z",
+    items_per_second=2.5,
+    estimated_end_at="2026-01-01T00:00:02.000Z",
+    started_at="2026-01-01T00:00:01.000Z",
+)
+JOB_RESULTS: tuple[contracts.ItemResult, ...] = (
+    contracts.ItemResult(verdict=VERDICT),
+    contracts.ItemResult(error=ErrorBody(code=ErrorCode.INTERNAL, detail="It broke.")),
+)
+
+
+def job_answer(message: Message) -> Reply:
+    """What jobs answers when all is well."""
+    assert isinstance(message, contracts.JobRequest)
+    results = tuple(
+        contracts.StoredJobResult(cursor=7 + index, result=contracts.JobResult(index=index, result=result, id=f"id{index}"))
+        for index, result in enumerate(JOB_RESULTS)
+    )
+    answers: dict[str, Message | None] = {
+        "create": contracts.JobOpened(job_id=JOB.job_id, sealed=False),
+        "append": None,
+        "seal": JOB,
+        "get": JOB,
+        "list": contracts.JobPage(jobs=(JOB,), next_before=JOB.job_id),
+        "results": contracts.JobResultPage(results=results, more=False),
+        "cancel": msgspec.structs.replace(JOB, state="cancelled", finished_at="2026-01-01T00:00:03.000Z"),
+    }
+    return Reply(result=raw(answers[message.operation]), rate=RATE)
+
+
 @dataclass(frozen=True, slots=True)
 class Answered:
     reply: Reply
@@ -121,6 +159,7 @@ class FakeStages:
             subjects.DETECT_REQUEST: Reply(result=raw(VERDICT), rate=RATE),
             subjects.BATCH_REQUEST: admitted,
             subjects.BATCH_ITEMS: judged,
+            subjects.JOBS_REQUEST: job_answer,
             subjects.REGISTER_REQUEST: Reply(result=raw(ISSUED)),
             subjects.ACCOUNT_PROFILE: record,
             subjects.ACCOUNT_ROTATE: issued,

@@ -34,6 +34,10 @@ async def test_every_call_of_the_contract_is_described(client: httpx.AsyncClient
     assert calls == {
         ("POST", "/v1/detect"),
         ("POST", "/v1/detect/batch"),
+        ("GET", "/v1/jobs"),
+        ("GET", "/v1/jobs/{id}"),
+        ("DELETE", "/v1/jobs/{id}"),
+        ("GET", "/v1/jobs/{id}/results"),
         ("POST", "/auth/register"),
         ("GET", "/auth/profile"),
         ("POST", "/auth/rotate"),

@@ -8,7 +8,7 @@ from libs.common import micro
 from libs.common.clock import ManualClock
 from services.edge import health
 from services.edge.health import FleetMonitor, fleet_of
-from tests.unit.edge.fakes import FakeStages, healthy_fleet, ping
+from tests.unit.edge.fakes import HEALTHY, FakeStages, healthy_fleet, ping
 
 
 def without(*services: str) -> list[bytes]:
@@ -87,7 +87,7 @@ def test_without_nats_nothing_is_well() -> None:
 
 def test_strangers_and_garbage_are_left_out() -> None:
     answers = [*healthy_fleet(), b"garbage", b"[]", ping("other"), b'{"name":"someone","id":"1"}']
-    assert fleet_of(answers, connected=True).size == 5
+    assert fleet_of(answers, connected=True).size == len(HEALTHY)
 
 
 async def test_a_flood_of_questions_is_one_round() -> None:
@@ -107,14 +107,14 @@ async def test_a_known_and_complete_fleet_is_not_waited_for_but_counted_now_and_
     await monitor.fleet()
     stages.clock.advance(0.5)
     await monitor.fleet()
-    assert [expected for _, expected in stages.expected] == [0, 5]
+    assert [expected for _, expected in stages.expected] == [0, len(HEALTHY)]
     stages.reports["$SRV.PING"].append(ping("limiter", {micro.STORE_REDIS: "up"}, replica="2"))
     stages.clock.advance(health.CENSUS_SECONDS)
     assert (await monitor.fleet()).count("limiter") == 2  # whoever asks after a while is told of all who are there
     assert stages.expected[-1][1] == 0
     stages.clock.advance(0.5)
     await monitor.fleet()
-    assert stages.expected[-1][1] == 6
+    assert stages.expected[-1][1] == len(HEALTHY) + 1
 
 
 async def test_an_incomplete_fleet_is_waited_for() -> None:

@@ -165,7 +165,7 @@ async def test_a_bug_is_a_problem_and_tells_nothing(client: httpx.AsyncClient, s
 
 
 async def test_paths_and_methods_that_are_not_there(client: httpx.AsyncClient) -> None:
-    for path in ("/", "/nothing", "/v1/detect/", "/v1/detect/batch/", "/v1/jobs/1", "/docs/assets/other.js"):
+    for path in ("/", "/nothing", "/v1/detect/", "/v1/detect/batch/", "/v1/jobs/", "/v1/jobs/1/other", "/docs/assets/other.js"):
         assert_problem(await client.get(path), 404, "not_found")
     response = await client.get("/v1/detect")
     assert_problem(response, 405, "method_not_allowed")

@@ -1,0 +1,3 @@
+from portcullis_client.cli.main import main
+
+main()

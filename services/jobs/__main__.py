@@ -1,0 +1,15 @@
+"""`python -m services.jobs` serves; `python -m services.jobs dead-letters` lists and replays what was given up."""
+
+from __future__ import annotations
+
+import sys
+
+from libs.common import service
+from services.jobs.app import parts
+from services.jobs.settings import Settings
+
+if len(sys.argv) > 1:
+    from services.jobs.command import main
+
+    raise SystemExit(main(sys.argv[1:]))
+service.run("jobs", Settings, parts)
