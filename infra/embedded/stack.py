@@ -39,6 +39,7 @@ ONLY_FOR = {
     "PORTCULLIS_DATABASE_URL": "auth",
     "PORTCULLIS_KEY_PEPPER": "auth",
     "PORTCULLIS_ADMIN_TOKEN": "auth",
+    "PORTCULLIS_NATS_ISSUER_SEED": "auth",
     "PORTCULLIS_REDIS_URL": "limiter",
 }
 ENGINE_PREFIX = "PORTCULLIS_ENGINE_"  # for the proxy: addresses and keys of somebody else's service
@@ -124,7 +125,8 @@ def plan(home: Home, environment: Mapping[str, str], scale: Mapping[str, int]) -
     users: dict[str, dict[str, str]] = {}
     if "PORTCULLIS_NATS_URL" not in wanted:
         passwords = {user: home.secret(f"nats-{user}") for user in (*SERVICES, OPERATOR)}
-        server = servers.nats(home.path, _claim_port(environment, home, "nats"), passwords)
+        issuer = wanted.setdefault("PORTCULLIS_NATS_ISSUER_SEED", home.secret("nats-issuer", servers.new_issuer))
+        server = servers.nats(home.path, _claim_port(environment, home, "nats"), passwords, issuer)
         running.append(server)
         users = {
             name: {

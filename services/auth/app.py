@@ -31,13 +31,16 @@ from libs.common.service import ConfigurationError
 from services.auth import handlers
 from services.auth.adapters import BusAnnouncer, PostgresCheck, PostgresKeys, PostgresLedgers, engine_url, make_engine
 from services.auth.cache import Authenticator, KeyCache
+from services.auth.connections import BusConnections
 from services.auth.core import Caps, StoreRefusesError, StoreUnavailableError
+from services.auth.door import Door, Limits
 from services.auth.handlers import Finisher, Keys, Policy, finished
 from services.auth.health import StoreHealth
 from services.auth.migrate import migrate
 from services.auth.ports import StreamError
 from services.auth.settings import AuthSettings
 from services.auth.stream import JetStreamUsage
+from services.auth.tokens import Issuer
 from services.auth.usage import UsageCounter
 
 log = logging.getLogger(__name__)
@@ -48,6 +51,9 @@ CALLS_IN_FLIGHT = 128
 
 JOB_CALLS_IN_FLIGHT = 64
 """Some hold up to 2 MB of texts."""
+
+DOOR_PAYLOAD_BYTES = 2 * 1024 * 1024
+"""Of one message of a client: where the server ends its connection. What is too large for a submission is refused well before."""
 
 
 @asynccontextmanager
@@ -80,7 +86,12 @@ async def parts(bus: Bus, settings: AuthSettings) -> AsyncIterator[None]:
         finisher = Finisher()
         stack.push_async_callback(finisher.close)
 
-        bus.on_event(subjects.EVENT_KEY_CHANGED, KeyChanged, partial(handlers.forget, cache=cache))
+        door = _door(bus, settings, authenticator)
+        if door is not None:
+            bus.asked(subjects.AUTH_CALLOUT, door.answer, max_in_flight=CALLS_IN_FLIGHT)
+            ending = asyncio.create_task(door.run())
+            stack.push_async_callback(tasks.end, ending)
+        bus.on_event(subjects.EVENT_KEY_CHANGED, KeyChanged, partial(handlers.forget, cache=cache, door=door))
         bus.stage(subjects.DETECT_REQUEST, DetectRequest, partial(handlers.detect, authenticator=authenticator))
         bus.stage(subjects.BATCH_REQUEST, AdmissionRequest, partial(handlers.admit, authenticator=authenticator))
         bus.stage(subjects.BATCH_TAKE, TakeRequest, partial(handlers.take, authenticator=authenticator))
@@ -128,6 +139,17 @@ async def _migrate_when_there(url: URL) -> None:
             await asyncio.sleep(START_RETRY_SECONDS)
         else:
             return
+
+
+def _door(bus: Bus, settings: AuthSettings, authenticator: Authenticator) -> Door | None:
+    if settings.nats_issuer_seed is None:
+        return None
+    try:
+        issuer = Issuer(settings.nats_issuer_seed.get_secret_value())
+    except ValueError as error:
+        raise ConfigurationError(f"PORTCULLIS_NATS_ISSUER_SEED: {error}") from None
+    limits = Limits(settings.door_connections_per_key, settings.door_subscriptions, DOOR_PAYLOAD_BYTES)
+    return Door(issuer, authenticator, BusConnections(bus), bus.clock, limits)
 
 
 def _policy(settings: AuthSettings) -> Policy:
