@@ -46,6 +46,8 @@ DOOR_STATUS = "jobs.v1.*.status"
 DOOR_LIST = "jobs.v1.*.list"
 DOOR_RESULTS = "jobs.v1.*.results"
 DOOR_CANCEL = "jobs.v1.*.cancel"
+# … and where it sees its results, as they are stored.
+DOOR_LIVE_RESULTS = "jobs.v1.*.*.results.*"
 DOOR_OPERATIONS = (DOOR_SUBMIT, DOOR_STATUS, DOOR_LIST, DOOR_RESULTS, DOOR_CANCEL)
 # Whom the server does not know it asks auth about, which answers the address given; only the server publishes there.
 AUTH_CALLOUT = "$SYS.REQ.USER.AUTH"

@@ -33,7 +33,7 @@ class AuthSettings(CommonSettings):
     auth_cache_entries: Annotated[int, Field(ge=1)] = 65_536
     """Keys that a replica remembers at most, about 1 KB each."""
     nats_issuer_seed: SecretStr | None = None
-    """Seed of the account key (`SA…`) that NATS's `auth_callout` names, by its public part, as issuer. Unset: no client is let in."""
+    """Seed of the account key (`SA…`) whose public part NATS's `auth_callout` names as issuer. Unset: no client is let in."""
     door_connections_per_key: Annotated[int, Field(ge=1, le=1000)] = 16
     """Connections to NATS that a key may have at a time."""
     door_subscriptions: Annotated[int, Field(ge=1, le=10_000)] = 64
