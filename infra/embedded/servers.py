@@ -32,6 +32,9 @@ POSTGRES_DATABASE = "portcullis"
 MAX_PAYLOAD_BYTES = 2 * 1024 * 1024
 """100 000 characters are at most 600 kB of JSON (control characters escaped); the rest of a message is small."""
 
+MAX_SUBSCRIPTIONS = 12_000
+"""Of each connection, a client's too; `jobs` has one for each job that is not over, at most 10 000."""
+
 
 class ServerError(Exception):
     """A server cannot be prepared; the text is one line that says what to do."""
@@ -90,6 +93,7 @@ def nats(home: Path, port: int, passwords: dict[str, str], issuer: str | None = 
         "port": port,
         "server_name": "portcullis",
         "max_payload": MAX_PAYLOAD_BYTES,
+        "max_subscriptions": MAX_SUBSCRIPTIONS,
         "jetstream": {
             "store_dir": str(home / "jetstream"),
             "max_memory_store": 64 * 1024**2,

@@ -33,7 +33,7 @@ from services.auth.adapters import BusAnnouncer, PostgresCheck, PostgresKeys, Po
 from services.auth.cache import Authenticator, KeyCache
 from services.auth.connections import BusConnections
 from services.auth.core import Caps, StoreRefusesError, StoreUnavailableError
-from services.auth.door import Door, Limits
+from services.auth.door import Door
 from services.auth.handlers import Finisher, Keys, Policy, finished
 from services.auth.health import StoreHealth
 from services.auth.migrate import migrate
@@ -51,9 +51,6 @@ CALLS_IN_FLIGHT = 128
 
 JOB_CALLS_IN_FLIGHT = 64
 """Some hold up to 2 MB of texts."""
-
-DOOR_PAYLOAD_BYTES = 2 * 1024 * 1024
-"""Of one message of a client: where the server ends its connection. What is too large for a submission is refused well before."""
 
 
 @asynccontextmanager
@@ -148,8 +145,8 @@ def _door(bus: Bus, settings: AuthSettings, authenticator: Authenticator) -> Doo
         issuer = Issuer(settings.nats_issuer_seed.get_secret_value())
     except ValueError as error:
         raise ConfigurationError(f"PORTCULLIS_NATS_ISSUER_SEED: {error}") from None
-    limits = Limits(settings.door_connections_per_key, settings.door_subscriptions, DOOR_PAYLOAD_BYTES)
-    return Door(issuer, authenticator, BusConnections(bus), bus.clock, limits)
+    most = settings.door_connections_per_key
+    return Door(issuer, authenticator, BusConnections(bus), bus.clock, most_connections=most)
 
 
 def _policy(settings: AuthSettings) -> Policy:

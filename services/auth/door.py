@@ -61,15 +61,6 @@ class Connections(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
-    """Of each key's connections, and of each connection."""
-
-    connections: int
-    subscriptions: int
-    payload_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
 class _Lately:
     key_id: str
     connection: Connection
@@ -78,14 +69,16 @@ class _Lately:
 
 
 class Door:
+    """`most_connections`: of one key, at a time."""
+
     def __init__(
-        self, issuer: Issuer, authenticator: Authenticator, connections: Connections, clock: Clock, limits: Limits
+        self, issuer: Issuer, authenticator: Authenticator, connections: Connections, clock: Clock, *, most_connections: int
     ) -> None:
         self._issuer = issuer
         self._authenticator = authenticator
         self._connections = connections
         self._clock = clock
-        self._limits = limits
+        self._most = most_connections
         self._lately: deque[_Lately] = deque(maxlen=LATELY_ENTRIES)
         self._due: dict[str, None] = {}
         self._wake = asyncio.Event()
@@ -120,7 +113,7 @@ class Door:
         known = await self._connections.of(key_id)
         # Nothing is awaited between here and the answer, so that no two connections take the same place.
         known |= {each.connection for each in self._recent(key_id) if each.admitted}
-        if len(known - {connection}) >= self._limits.connections:
+        if len(known - {connection}) >= self._most:
             raise PortcullisError(ErrorCode.OVERLOADED, internal=f"{key_id} has {len(known)} connections")
         self._note(key_id, connection, admitted=True)
         return self._issuer.admit(
@@ -129,8 +122,6 @@ class Door:
             door_permissions(key_id),
             self._clock.now(),
             until=caller.valid_until if math.isfinite(caller.valid_until) else None,
-            subscriptions=self._limits.subscriptions,
-            payload_bytes=self._limits.payload_bytes,
         )
 
     # --- and how that ends -----------------------------------------------------------------------------------------------

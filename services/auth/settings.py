@@ -36,8 +36,6 @@ class AuthSettings(CommonSettings):
     """Seed of the account key (`SA…`) whose public part NATS's `auth_callout` names as issuer. Unset: no client is let in."""
     door_connections_per_key: Annotated[int, Field(ge=1, le=1000)] = 16
     """Connections to NATS that a key may have at a time."""
-    door_subscriptions: Annotated[int, Field(ge=1, le=10_000)] = 64
-    """Subscriptions of one such connection."""
     usage_stream_bytes: Annotated[int, Field(ge=1024 * 1024)] = 512 * 1024 * 1024
     """Bound of the USAGE stream, used only when the stream does not exist yet; about 2.5 million events."""
     usage_retention_days: Annotated[int, Field(ge=31)] = 400

@@ -140,16 +140,17 @@ class Issuer:
         now: float,
         *,
         until: float | None,
-        subscriptions: int,
-        payload_bytes: int,
     ) -> bytes:
-        """The answer that lets the client in, until then (epoch s; None: for as long as it is not ended)."""
+        """The answer that lets the client in, until then (epoch s; None: for as long as it is not ended).
+
+        nats-server does not apply the limits of a user that a callout lets in; those of the server's configuration hold.
+        """
         user = {
             "pub": {"allow": permissions.publish},
             "sub": {"allow": permissions.subscribe},
-            "subs": subscriptions,
+            "subs": -1,
             "data": -1,
-            "payload": payload_bytes,
+            "payload": -1,
             "allowed_connection_types": CONNECTION_TYPES,
             "type": "user",
             "version": 2,

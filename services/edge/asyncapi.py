@@ -81,7 +81,7 @@ CHANNELS = (
         )
     ),
     *(
-        Channel(subject, message, "client", "jobs", f"A client of its own accord, with its key's id in the subject: {what}", answer)
+        Channel(subject, message, "client", "jobs", f"A client, in the name of its key: {what}", answer)
         for subject, what, message, answer in (
             (subjects.DOOR_SUBMIT, "submit a job", contracts.JobSubmit, contracts.JobStatus),
             (subjects.DOOR_STATUS, "how a job is", contracts.JobGet, contracts.JobStatus),
