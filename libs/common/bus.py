@@ -51,9 +51,11 @@ from libs.common.context import (
 )
 from libs.common.contracts import ErrorBody, FieldError, InstanceLeft, Message, RateState, Reply, encode, raw
 from libs.common.errors import ErrorCode, PortcullisError
+from libs.common.guard import guard
 from libs.common.settings import CommonSettings
 from libs.common.subjects import (
     CLIENT_DISCONNECTED,
+    CLIENT_USER_PREFIX,
     DEPENDS_ON,
     EVENT_LEFT,
     INBOX_PREFIX,
@@ -235,6 +237,7 @@ class _DoorStage(_Stage[T]):
         self, bus: Bus, subject: str, kind: type[T], handler: DoorHandler[T], queue_group: str, max_in_flight: int, seconds: float
     ) -> None:
         super().__init__(bus, subject, kind, self._nobody, queue_group, max_in_flight)
+        self.counters.name = subject.replace(".", "-").replace("*", "KEY")  # NATS ADR-32 allows no other characters in a name
         self._door_handler = handler
         self._seconds = seconds
 
@@ -430,6 +433,7 @@ class Bus:
     async def connect(self) -> None:
         """Connect; waits for a server that is not there yet."""
         connection = await self.broker.connect()
+        guard(connection)
         await connection.subscribe(f"{self._inbox}.>", cb=self._on_inbox)
         if self.service in DEPENDS_ON:
             await connection.subscribe(EVENT_LEFT, cb=self._on_left)
@@ -660,9 +664,11 @@ class Bus:
 
     async def _on_client_disconnected(self, msg: Msg) -> None:
         try:
-            departed = service_of(_decode_disconnected(msg.data).client.name)
-        except msgspec.DecodeError:
+            client = _decode_disconnected(msg.data).client
+        except (ValueError, RecursionError):
             return
+        # A client names its connection as it likes.
+        departed = service_of(client.name) if not client.user.startswith(CLIENT_USER_PREFIX) else None
         if departed is None or departed[0] not in DEPENDS_ON[self.service] or departed[1] in self._left:
             return
         log.warning("%s %s is gone, with what it had in hand", *departed)
@@ -713,6 +719,7 @@ class Bus:
 
 class _DisconnectedClient(msgspec.Struct):
     name: str = ""
+    user: str = ""
 
 
 class _Disconnected(msgspec.Struct):

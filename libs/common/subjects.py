@@ -154,6 +154,14 @@ def client_inbox(key_id: str) -> str:
     return f"{INBOX_PREFIX}.{key_id}"
 
 
+CLIENT_USER_PREFIX = "key:"
+
+
+def client_user(key_id: str) -> str:
+    """The NATS user as which a client that has connected with a key is listed and reported. No service's user is called so."""
+    return CLIENT_USER_PREFIX + key_id
+
+
 def kick(server_id: str) -> str:
     """Where a server is asked to end a connection of its own."""
     return KICK.replace("*", server_id)

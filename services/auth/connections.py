@@ -9,8 +9,7 @@ import msgspec
 from libs.common.bus import Bus
 from libs.common.context import RequestContext, new_request_id, new_traceparent
 from libs.common.contracts import Message
-from libs.common.subjects import CONNECTIONS, kick
-from services.auth.core import is_key_id
+from libs.common.subjects import CLIENT_USER_PREFIX, CONNECTIONS, client_user, kick
 from services.auth.door import Connection, ConnectionsUnavailableError
 
 SERVER_SECONDS: Final = 1.0
@@ -57,10 +56,12 @@ class BusConnections:
         self._bus = bus
 
     async def of(self, key_id: str) -> set[Connection]:
-        return {Connection(server, each.cid) for server, each in await self._list(key_id) if each.authorized_user == key_id}
+        user = client_user(key_id)
+        return {Connection(server, each.cid) for server, each in await self._list(user) if each.authorized_user == user}
 
     async def key_ids(self) -> set[str]:
-        return {each.authorized_user for _, each in await self._list("") if is_key_id(each.authorized_user)}
+        users = {each.authorized_user for _, each in await self._list("")}
+        return {user.removeprefix(CLIENT_USER_PREFIX) for user in users if user.startswith(CLIENT_USER_PREFIX)}
 
     async def end(self, connection: Connection) -> None:
         # The answer is an error when there is no such connection, which is just as well.

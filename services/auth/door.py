@@ -18,7 +18,7 @@ from libs.common import keys
 from libs.common.clock import Clock
 from libs.common.contracts import Credential
 from libs.common.errors import ErrorCode, PortcullisError
-from libs.common.subjects import door_permissions
+from libs.common.subjects import client_user, door_permissions
 from services.auth import core
 from services.auth.cache import Authenticator
 from services.auth.tokens import BadTokenError, ConnectRequest, Issuer
@@ -118,7 +118,7 @@ class Door:
         self._note(key_id, connection, admitted=True)
         return self._issuer.admit(
             request,
-            key_id,
+            client_user(key_id),
             door_permissions(key_id),
             self._clock.now(),
             until=caller.valid_until if math.isfinite(caller.valid_until) else None,

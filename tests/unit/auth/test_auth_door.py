@@ -166,7 +166,7 @@ async def test_a_valid_key_gets_its_own_subjects_until_its_end() -> None:
     allowed = subjects.door_permissions(stored.key_id)
     assert user["nats"]["pub"] == {"allow": list(allowed.publish)}
     assert user["nats"]["sub"] == {"allow": list(allowed.subscribe)}
-    assert (user["sub"], user["aud"], user["name"]) == (USER, subjects.ACCOUNT, stored.key_id)
+    assert (user["sub"], user["aud"], user["name"]) == (USER, subjects.ACCOUNT, f"key:{stored.key_id}")
     assert stored.expires_at is not None
     assert user["exp"] == int(stored.expires_at.timestamp())
 
