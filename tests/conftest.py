@@ -71,8 +71,14 @@ def nats_passwords() -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
-def nats_server(server_home: Path, nats_passwords: dict[str, str]) -> Iterator[servers.Server]:
-    with running(servers.nats(server_home / "nats", free_port(), nats_passwords)) as server:
+def nats_issuer() -> str:
+    """The seed with which auth signs whom it lets in."""
+    return servers.new_issuer()
+
+
+@pytest.fixture(scope="session")
+def nats_server(server_home: Path, nats_passwords: dict[str, str], nats_issuer: str) -> Iterator[servers.Server]:
+    with running(servers.nats(server_home / "nats", free_port(), nats_passwords, nats_issuer)) as server:
         yield server
 
 

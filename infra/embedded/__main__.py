@@ -130,7 +130,8 @@ def _start(
             )
         except welcome.NotReadyError as error:
             raise UpError(_explain(home, supervisor, str(error))) from None
-    print(_greeting(home, base_url, key, verdict, time.monotonic() - began, detach=detach), flush=True)
+    seconds = time.monotonic() - began
+    print(_greeting(home, base_url, plan.nats_url, key, verdict, seconds, detach=detach), flush=True)
     return process
 
 
@@ -194,7 +195,10 @@ def _reachable(host: str) -> str:
     return "localhost" if host in ("0.0.0.0", "127.0.0.1", "localhost") else host  # noqa: S104
 
 
-def _greeting(home: Home, base_url: str, key: str, verdict: dict[str, Any], seconds: float, *, detach: bool) -> str:
+def _greeting(
+    home: Home, base_url: str, nats_url: str | None, key: str, verdict: dict[str, Any], seconds: float, *, detach: bool
+) -> str:
+    nats = f"\nJobs over NATS, with the key as the token: {nats_url} (docs/nats.md)" if nats_url is not None else ""
     stop = "./run down stops it" if detach else "Ctrl-C stops it"
     return f"""
 Portcullis is up at {base_url} after {seconds:.1f} s.
@@ -211,7 +215,7 @@ It has just answered:
 
   {json.dumps(verdict)}
 
-API: {base_url}/docs   Health: {base_url}/health
+API: {base_url}/docs   Health: {base_url}/health{nats}
 Data, logs and the admin token are in {_short(home)}. See also ./run status and ./run logs -f; {stop}."""
 
 
@@ -250,6 +254,8 @@ def status(home: Home) -> int:
     answer = welcome.call(base_url, "/health")
     word = answer.body.get("status", "no answer")
     console.print(f"{base_url}  {word}")
+    if nats_url := edge.get("nats"):
+        console.print(f"{nats_url}  for clients with an API key")
     return 0 if answer.status == 200 else 1
 
 

@@ -97,7 +97,7 @@ class Home:
 
     @property
     def edge_address(self) -> Path:
-        """JSON: the host and port on which the edge was last started."""
+        """JSON: the host and port on which the edge was last started, and the URL of NATS if that is ours (`nats`)."""
         return self.path / "edge.json"
 
     def supervisor_socket(self) -> Path:

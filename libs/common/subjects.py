@@ -39,6 +39,23 @@ JOBS_OPERATIONS = {
     "results": JOBS_RESULTS,
     "cancel": JOBS_CANCEL,
 }
+# The door for clients that connect to NATS with their API key: what each may ask, in the name of the key whose id stands in the
+# place of `*`. The server lets nobody else publish there (`door_permissions`), so the subject says who asks.
+DOOR_SUBMIT = "jobs.v1.*.submit"
+DOOR_STATUS = "jobs.v1.*.status"
+DOOR_LIST = "jobs.v1.*.list"
+DOOR_RESULTS = "jobs.v1.*.results"
+DOOR_CANCEL = "jobs.v1.*.cancel"
+# … and where it sees its results, as they are stored.
+DOOR_LIVE_RESULTS = "jobs.v1.*.*.results.*"
+DOOR_OPERATIONS = (DOOR_SUBMIT, DOOR_STATUS, DOOR_LIST, DOOR_RESULTS, DOOR_CANCEL)
+# Whom the server does not know it asks auth about, which answers the address given; only the server publishes there.
+AUTH_CALLOUT = "$SYS.REQ.USER.AUTH"
+AUTH_CALLOUT_REPLIES = "$SYS._INBOX.>"
+# The connections of the services' account, from every server; and the end of one (by the server's id), which auth alone may ask.
+CONNECTIONS = "$SYS.REQ.ACCOUNT.PING.CONNZ"
+KICK = "$SYS.REQ.SERVER.*.KICK"
+
 # What JetStream keeps of them; only the service `jobs` touches it.
 JOB_ITEMS_STREAM = "JOB_ITEMS"
 JOB_RESULTS_STREAM = "JOB_RESULTS"
@@ -127,12 +144,43 @@ def job_subject(key_id: str, job_id: str, kind: str, index: int | None = None) -
     return f"jobs.v1.{key_id}.{job_id}.{kind}.{'*' if index is None else index}"
 
 
+def key_of(door: str) -> str:
+    """The key in whose name a message came to the door."""
+    return door.split(".")[2]
+
+
+def client_inbox(key_id: str) -> str:
+    """The inbox prefix of clients that have connected with a key. No service is called like a key (12 characters)."""
+    return f"{INBOX_PREFIX}.{key_id}"
+
+
+CLIENT_USER_PREFIX = "key:"
+
+
+def client_user(key_id: str) -> str:
+    """The NATS user as which a client that has connected with a key is listed and reported. No service's user is called so."""
+    return CLIENT_USER_PREFIX + key_id
+
+
+def kick(server_id: str) -> str:
+    """Where a server is asked to end a connection of its own."""
+    return KICK.replace("*", server_id)
+
+
 @dataclass(frozen=True, slots=True)
 class Permissions:
     """What a service's NATS user may publish and subscribe to; everything else is refused by the server."""
 
     publish: tuple[str, ...]
     subscribe: tuple[str, ...]
+
+
+def door_permissions(key_id: str) -> Permissions:
+    """What a client may do that has connected with an API key: ask in its name, and read its answers and its results."""
+    return Permissions(
+        publish=tuple(operation.replace("*", key_id, 1) for operation in DOOR_OPERATIONS),
+        subscribe=(f"jobs.v1.{key_id}.*.results.>", f"{client_inbox(key_id)}.>"),
+    )
 
 
 def _service(name: str, publish: tuple[str, ...], subscribe: tuple[str, ...]) -> Permissions:
@@ -180,6 +228,9 @@ PERMISSIONS: dict[str, Permissions] = {
             ACCOUNT_ANSWERED,
             BREAKERS_RESET,
             EVENT_KEY_CHANGED,
+            AUTH_CALLOUT_REPLIES,
+            CONNECTIONS,
+            KICK,
             f"$JS.API.STREAM.INFO.{USAGE_STREAM}",
             f"$JS.API.STREAM.CREATE.{USAGE_STREAM}",
             f"$JS.API.CONSUMER.CREATE.{USAGE_STREAM}.>",
@@ -202,6 +253,7 @@ PERMISSIONS: dict[str, Permissions] = {
             ADMIN_KEYS_DELETE,
             BREAKERS_RESET_REQUEST,
             EVENT_KEY_CHANGED,
+            AUTH_CALLOUT,
         ),
     ),
     "limiter": _service(
@@ -241,7 +293,7 @@ PERMISSIONS: dict[str, Permissions] = {
             f"$JS.ACK.{JOB_ITEMS_STREAM}.>",
             f"$JS.ACK.{JOB_HOOKS_STREAM}.>",
         ),
-        subscribe=tuple(JOBS_OPERATIONS.values()),
+        subscribe=(*JOBS_OPERATIONS.values(), *DOOR_OPERATIONS),
     ),
     "fallback_model": _service("fallback_model", publish=(), subscribe=("model.v1.*", "model.v1.*.batch")),
 }

@@ -31,13 +31,16 @@ from libs.common.service import ConfigurationError
 from services.auth import handlers
 from services.auth.adapters import BusAnnouncer, PostgresCheck, PostgresKeys, PostgresLedgers, engine_url, make_engine
 from services.auth.cache import Authenticator, KeyCache
+from services.auth.connections import BusConnections
 from services.auth.core import Caps, StoreRefusesError, StoreUnavailableError
+from services.auth.door import Door
 from services.auth.handlers import Finisher, Keys, Policy, finished
 from services.auth.health import StoreHealth
 from services.auth.migrate import migrate
 from services.auth.ports import StreamError
 from services.auth.settings import AuthSettings
 from services.auth.stream import JetStreamUsage
+from services.auth.tokens import Issuer
 from services.auth.usage import UsageCounter
 
 log = logging.getLogger(__name__)
@@ -80,7 +83,12 @@ async def parts(bus: Bus, settings: AuthSettings) -> AsyncIterator[None]:
         finisher = Finisher()
         stack.push_async_callback(finisher.close)
 
-        bus.on_event(subjects.EVENT_KEY_CHANGED, KeyChanged, partial(handlers.forget, cache=cache))
+        door = _door(bus, settings, authenticator)
+        if door is not None:
+            bus.asked(subjects.AUTH_CALLOUT, door.answer, max_in_flight=CALLS_IN_FLIGHT)
+            ending = asyncio.create_task(door.run())
+            stack.push_async_callback(tasks.end, ending)
+        bus.on_event(subjects.EVENT_KEY_CHANGED, KeyChanged, partial(handlers.forget, cache=cache, door=door))
         bus.stage(subjects.DETECT_REQUEST, DetectRequest, partial(handlers.detect, authenticator=authenticator))
         bus.stage(subjects.BATCH_REQUEST, AdmissionRequest, partial(handlers.admit, authenticator=authenticator))
         bus.stage(subjects.BATCH_TAKE, TakeRequest, partial(handlers.take, authenticator=authenticator))
@@ -128,6 +136,17 @@ async def _migrate_when_there(url: URL) -> None:
             await asyncio.sleep(START_RETRY_SECONDS)
         else:
             return
+
+
+def _door(bus: Bus, settings: AuthSettings, authenticator: Authenticator) -> Door | None:
+    if settings.nats_issuer_seed is None:
+        return None
+    try:
+        issuer = Issuer(settings.nats_issuer_seed.get_secret_value())
+    except ValueError as error:
+        raise ConfigurationError(f"PORTCULLIS_NATS_ISSUER_SEED: {error}") from None
+    most = settings.door_connections_per_key
+    return Door(issuer, authenticator, BusConnections(bus), bus.clock, most_connections=most)
 
 
 def _policy(settings: AuthSettings) -> Policy:

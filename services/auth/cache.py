@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
@@ -212,11 +213,12 @@ class KeyCache:
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who calls, and with which of the key's secrets."""
+    """Who calls, and with which of the key's secrets. `valid_until`: the end of that, epoch s."""
 
     principal: Principal
     match: Match
     verifier: bytes = field(repr=False)
+    valid_until: float = math.inf
 
 
 class Authenticator:
@@ -238,7 +240,7 @@ class Authenticator:
             if key is None:
                 break
             if (match := key.match(presented, self._clock.now())) is not None:
-                return Caller(key.principal, match, presented)
+                return Caller(key.principal, match, presented, key.valid_until(match))
             if key.revoked:
                 break
         raise PortcullisError(ErrorCode.INVALID_CREDENTIALS)

@@ -121,6 +121,10 @@ class VerifiableKey:
             return Match.PREVIOUS
         return None
 
+    def valid_until(self, match: Match) -> float:
+        """When this secret stops working, epoch s; infinity if it has no end."""
+        return min(self._expires, self._previous_until) if match is Match.PREVIOUS else self._expires
+
 
 def is_key_id(value: str) -> bool:
     """Whether `value` can be a key's id at all; nothing else is looked up, cached or written."""

@@ -42,6 +42,7 @@ from libs.common.errors import ErrorCode, PortcullisError
 from services.auth import core
 from services.auth.cache import Authenticator, Caller, KeyCache
 from services.auth.core import Caps, Fields, KeyChanges, Match, StoredKey, Usage, utc
+from services.auth.door import Door
 from services.auth.ports import KeyAnnouncer, KeyStore
 
 T = TypeVar("T")
@@ -134,8 +135,10 @@ async def job(message: JobRequest, _: RequestContext, authenticator: Authenticat
     )
 
 
-async def forget(event: KeyChanged, cache: KeyCache) -> None:
+async def forget(event: KeyChanged, cache: KeyCache, door: Door | None = None) -> None:
     cache.forget(event.key_id)
+    if door is not None:
+        door.end(event.key_id)
 
 
 # --- a caller's own key --------------------------------------------------------------------------------------------------

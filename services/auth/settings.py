@@ -32,6 +32,10 @@ class AuthSettings(CommonSettings):
     """How long a key that was read from PostgreSQL is used without asking again. Changes are broadcast and count at once."""
     auth_cache_entries: Annotated[int, Field(ge=1)] = 65_536
     """Keys that a replica remembers at most, about 1 KB each."""
+    nats_issuer_seed: SecretStr | None = None
+    """Seed of the account key (`SA…`) whose public part NATS's `auth_callout` names as issuer. Unset: no client is let in."""
+    door_connections_per_key: Annotated[int, Field(ge=1, le=1000)] = 16
+    """Connections to NATS that a key may have at a time."""
     usage_stream_bytes: Annotated[int, Field(ge=1024 * 1024)] = 512 * 1024 * 1024
     """Bound of the USAGE stream, used only when the stream does not exist yet; about 2.5 million events."""
     usage_retention_days: Annotated[int, Field(ge=31)] = 400

@@ -80,6 +80,20 @@ CHANNELS = (
             ("cancel", "End a job", contracts.JobGet, contracts.JobStatus),
         )
     ),
+    *(
+        Channel(subject, message, "client", "jobs", f"A client, in the name of its key: {what}", answer)
+        for subject, what, message, answer in (
+            (subjects.DOOR_SUBMIT, "submit a job", contracts.JobSubmit, contracts.JobStatus),
+            (subjects.DOOR_STATUS, "how a job is", contracts.JobGet, contracts.JobStatus),
+            (subjects.DOOR_LIST, "a page of its jobs", contracts.JobList, contracts.JobPage),
+            (subjects.DOOR_RESULTS, "a page of results", contracts.JobResults, contracts.JobResultPage),
+            (subjects.DOOR_CANCEL, "end a job", contracts.JobGet, contracts.JobStatus),
+        )
+    ),
+    Channel(
+        subjects.DOOR_LIVE_RESULTS, contracts.JobResult, "jobs", "client",
+        "A result, at the moment in which it is stored",
+    ),
     Channel(subjects.REGISTER_REQUEST, contracts.RegisterRequest, "edge", "limiter", "A key is asked for", contracts.IssuedKey),
     Channel(
         subjects.REGISTER_ADMITTED, contracts.RegisterRequest, "limiter", "auth", "… from an address within its limits",
@@ -136,6 +150,9 @@ _PAYLOADS = (
 )
 """What stays encoded in other messages."""
 
+_OF_CLIENTS = {channel.message.__name__ for channel in CHANNELS if "client" in (channel.sender, channel.receiver)}
+"""What travels without the headers that services give each other."""
+
 _HEADERS = {
     "type": "object",
     "required": [context.DEADLINE_HEADER],
@@ -166,7 +183,12 @@ def document() -> dict[str, Any]:
         "components": {
             "schemas": _schemas(_SCHEMA),
             "messages": {
-                name: {"name": name, "headers": _HEADERS, "payload": {"$ref": _SCHEMA.format(name=name)}} for name in names
+                name: {
+                    "name": name,
+                    "payload": {"$ref": _SCHEMA.format(name=name)},
+                    **({} if name in _OF_CLIENTS else {"headers": _HEADERS}),
+                }
+                for name in names
             },
         },
     }
@@ -175,7 +197,7 @@ def document() -> dict[str, Any]:
 def page() -> str:
     """The same for a reader: one self-contained HTML page."""
     rows = "".join(
-        f"<tr><td><code>{html.escape(channel.subject)}</code></td><td>{channel.sender} → {channel.receiver}"
+        f"<tr><td><code>{html.escape(_address(channel))}</code></td><td>{channel.sender} → {channel.receiver}"
         f"{' (every replica)' if channel.every_replica else ''}</td>"
         f"<td>{html.escape(channel.summary)}</td><td>{_link(channel.message)}</td>"
         f"<td>{_link(channel.answer) if channel.answer else '–'}</td></tr>"
@@ -222,14 +244,32 @@ def _link(kind: type[contracts.Message]) -> str:
 
 
 def _key(channel: Channel) -> str:
-    return channel.subject.replace(".", "_")
+    return _address(channel).replace(".", "_").replace("{", "").replace("}", "")
+
+
+_PARAMETERS = (
+    ("key_id", "The public id of the client's key"),
+    ("job_id", "What the submission was answered with"),
+    ("index", "Which item, from 0"),
+)
+
+
+def _address(channel: Channel) -> str:
+    """The subject, with names in the place of `*`, in their order."""
+    address = channel.subject
+    for name, _ in _PARAMETERS:
+        address = address.replace("*", f"{{{name}}}", 1)
+    return address
 
 
 def _channel(channel: Channel) -> dict[str, Any]:
+    parameters = dict(_PARAMETERS[: channel.subject.count("*")])
+    own = {"parameters": {name: {"description": text} for name, text in parameters.items()}} if parameters else {}
     return {
-        "address": channel.subject,
+        "address": _address(channel),
         "summary": channel.summary,
         "messages": {channel.message.__name__: {"$ref": f"#/components/messages/{channel.message.__name__}"}},
+        **own,
     }
 
 

@@ -16,6 +16,7 @@ from libs.common.errors import PortcullisError
 from services.jobs import handlers, webhooks
 from services.jobs.adapters import BusBackend, JetStream, JetStreamQueues, JetStreamRecords, JetStreamResults
 from services.jobs.desk import Bounds, Desk
+from services.jobs.door import open_door
 from services.jobs.runner import Pace, Runner
 from services.jobs.settings import Settings
 
@@ -67,6 +68,7 @@ async def parts(bus: Bus, settings: Settings) -> AsyncIterator[None]:
         (subjects.JOBS_CANCEL, handlers.cancel, CALLS_IN_FLIGHT),
     ):
         bus.stage(subject, AuthenticatedJobRequest, partial(handler, desk=desk), max_in_flight=most)
+    open_door(bus, desk)
     async with AsyncExitStack() as stack:
         sender = await stack.enter_async_context(webhooks.sending(settings))
         deliverer = webhooks.Deliverer(webhooks.JetStreamHooks(stream), records, sender, bus.clock, settings.webhook_attempts)

@@ -63,6 +63,7 @@ def test_a_life_of_the_stack_from_up_to_ctrl_c_and_up_again(home: Path) -> None:
         verdict = json.loads(next(line for line in printed.splitlines() if "is_malicious" in line))
         assert verdict["degraded"] is False
         assert detect(stack, key) == 200
+        assert "nats://127.0.0.1:" in printed
 
         # Secrets are the owner's.
         assert home.stat().st_mode & 0o066 == 0

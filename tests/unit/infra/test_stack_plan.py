@@ -61,6 +61,7 @@ def test_each_service_has_only_the_secrets_that_it_needs(home: Home) -> None:
         "PORTCULLIS_DATABASE_URL": {"auth"},
         "PORTCULLIS_KEY_PEPPER": {"auth"},
         "PORTCULLIS_ADMIN_TOKEN": {"auth"},
+        "PORTCULLIS_NATS_ISSUER_SEED": {"auth"},
         "PORTCULLIS_REDIS_URL": {"limiter"},
         "PORTCULLIS_ENGINE_URL": {"detector_proxy"},
         "PORTCULLIS_ENGINE_API_KEY": {"detector_proxy"},

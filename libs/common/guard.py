@@ -1,0 +1,43 @@
+"""nats-py against what a client can send through the server: it must not end the connection of the service that receives it.
+
+The server passes on headers and reply subjects as they are: any bytes but spaces, tabs and line ends in a reply subject, and any
+at all in headers. nats-py takes more for spaces than the server does, and an error in reading any of it ends its reading for good
+(`tests/integration/test_nats_door.py` sends all of that). What cannot be read becomes what no handler accepts.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Final
+
+from nats.aio.client import Client
+from nats.protocol import parser
+
+UNREADABLE_REPLY: Final = b"unreadable"
+"""No inbox: nothing is ever answered there."""
+
+# As nats-py's own, but that words end where the server ends them: it is at form feeds and the like that the two disagree.
+_MSG: Final = re.compile(rb"\AMSG[ \t]+([^ \t\r\n]+)[ \t]+([^ \t\r\n]+)[ \t]+(([^ \t\r\n]+)[ \t]+)?(\d+)\r\n")
+_HMSG: Final = re.compile(rb"\AHMSG[ \t]+([^ \t\r\n]+)[ \t]+([^ \t\r\n]+)[ \t]+(([^ \t\r\n]+)[ \t]+)?(\d+)[ \t]+(\d+)\r\n")
+
+
+def guard(connection: Client) -> None:
+    """Make a connection proof against them, before it subscribes to anything."""
+    parser.MSG_RE, parser.HMSG_RE = _MSG, _HMSG
+    read_headers, build = connection._process_headers, connection._build_message
+
+    async def headers_or_none(headers: bytes | None) -> dict[str, str] | None:
+        try:
+            return await read_headers(headers)
+        except Exception:  # noqa: BLE001  # IndexError, UnicodeDecodeError and whatever else bytes from outside lead to
+            return None
+
+    def readable(sid: int, subject: bytes, reply: bytes, data: bytes, headers: dict[str, str] | None) -> Any:
+        try:
+            reply.decode()
+        except UnicodeDecodeError:
+            reply = UNREADABLE_REPLY
+        return build(sid, subject, reply, data, headers)
+
+    connection._process_headers = headers_or_none  # type: ignore[method-assign]
+    connection._build_message = readable  # type: ignore[method-assign]
