@@ -115,7 +115,7 @@ def test_no_two_processes_share_a_metrics_port(home: Home) -> None:
         if program.metrics_port
         for number in range(program.replicas)
     ]
-    assert ports == list(range(9100, 9100 + 8))
+    assert ports == list(range(9100, 9100 + 9))
     assert not any("PORTCULLIS_METRICS_PORT" in one for one in environments(planned).values())
     assert not any(program.metrics_port for program in plan(home).programs)
 
@@ -133,7 +133,7 @@ def test_supervisor_reads_the_configuration_as_it_is_meant(home: Home) -> None:
     groups = read_by_supervisor(home, planned)
     assert {name: [process.name for process in group.process_configs] for name, group in groups.items()} == {
         "servers": ["nats_0", "redis_0"],
-        "services": ["auth_0", "limiter_0", "limiter_1", "limiter_2", "detector_proxy_0", "fallback_model_0"],
+        "services": ["auth_0", "limiter_0", "limiter_1", "limiter_2", "detector_proxy_0", "fallback_model_0", "jobs_0"],
         "edge": ["edge_0", "edge_1"],
     }
     assert groups["servers"].priority < groups["services"].priority < groups["edge"].priority
