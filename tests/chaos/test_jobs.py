@@ -132,13 +132,16 @@ class Caller:
         return str(json.loads(body)["id"])
 
     async def wait(self, job_id: str) -> dict[str, Any]:
-        async with asyncio.timeout(PATIENCE_SECONDS + ITEMS * SECONDS_PER_ITEM):
-            while True:
-                _, body = await self.insist("GET", f"/v1/jobs/{job_id}")
-                job: dict[str, Any] = json.loads(body)
-                if job["state"] not in ("queued", "running"):
-                    return job
-                await asyncio.sleep(0.25)
+        job: dict[str, Any] = {}
+        try:
+            async with asyncio.timeout(PATIENCE_SECONDS + ITEMS * SECONDS_PER_ITEM):
+                while job.get("state") not in ("done", "failed", "cancelled"):
+                    await asyncio.sleep(0.25)
+                    _, body = await self.insist("GET", f"/v1/jobs/{job_id}")
+                    job = json.loads(body)
+        except TimeoutError:
+            pytest.fail(f"not over: {job}; the caller saw {dict(self.failures)}")
+        return job
 
     async def results(self, job_id: str) -> list[dict[str, Any]]:
         """Page after page, each from where the one before ended."""

@@ -27,7 +27,7 @@ from libs.common.subjects import ACCOUNT_ANSWERED
 from services.jobs import handlers
 from tests.unit.jobs.test_jobs_desk import PRINCIPAL, Kit
 
-CONTEXT = RequestContext(1_800_000_010_000, new_request_id(), new_traceparent(), origin="_INBOX.edge.one.j1")
+CONTEXT = RequestContext(1_800_000_010_000, new_request_id(), new_traceparent(), attempt_of="one")
 
 
 def asked(payload: Message | msgspec.Raw) -> AuthenticatedJobRequest:
