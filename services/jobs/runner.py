@@ -47,8 +47,9 @@ STOP_SECONDS = 3.0
 """How long messages in hand may take when the process is about to stop."""
 ABANDONED_SECONDS = 600.0
 """A submission to which nothing has been added for so long is given up; until then it is one of the open jobs of its key."""
-PAUSE_SECONDS = (0.2, 5.0)
-"""The first and the longest pause of a job after a message that came to nothing, for no fault of its items."""
+PAUSE_SECONDS = (0.2, 2.0)
+"""The first and the longest pause of a job after a message that came to nothing, for no fault of its items. Short: asking again
+costs one message, and where things keep dying there may be but seconds in which all of them are there."""
 PROBE_TEXT = "Hello."
 FETCH_SECONDS = 1.0
 """How long a replica waits for items that nobody has had yet."""
@@ -103,7 +104,8 @@ class Runner:
         self._schedule = Schedule(MOST_PER_JOB)
         self._purse = Purse()
         self._doubts = Doubts()
-        self._pauses: dict[str, float] = {}
+        self._pauses: dict[str, tuple[float, float]] = {}
+        """Job → the length of its last pause in seconds, and when that ends (monotonic)."""
         self._sealed: dict[str, JobRecord] = {}
         self._counted_at: dict[str, float] = {}
         self._hands: dict[str, list[_Hand]] = {}
@@ -519,10 +521,15 @@ class Runner:
     # --- what they share -------------------------------------------------------------------------------------------------
 
     def _pause(self, job_id: str) -> float:
+        """Seconds until the job is tried again: twice those before, but what fails during a pause belongs to the same outage."""
         first, longest = PAUSE_SECONDS
-        seconds = min(longest, self._pauses.get(job_id, first / 2) * 2)
-        self._pauses[job_id] = seconds
-        return seconds * self._rng.uniform(0.75, 1.25)
+        now = self._clock.monotonic()
+        seconds, until = self._pauses.get(job_id, (first / 2, now))
+        if now >= until:
+            seconds = min(longest, seconds * 2)
+            until = now + seconds * self._rng.uniform(0.75, 1.25)
+            self._pauses[job_id] = (seconds, until)
+        return until - now
 
     def _hold(self, record: JobRecord, seconds: float) -> None:
         self._schedule.block_job(record.key_id, record.job_id, self._clock.monotonic() + seconds)

@@ -4,7 +4,7 @@
 - texts a second of a streamed batch, against onnxruntime alone on the same texts: prepared beforehand, sorted by length, in
   the best of some batch sizes, on as many threads as there are processors;
 - memory of the edge and the proxy while 1 000 and 100 000 lines are uploaded;
-- latency of single detections, with and without a batch beside them.
+- latency of single detections, alone, beside a batch, and beside a job.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ from tests.bench.load import BenchError, Measured, issued_key, texts
 
 NDJSON = {"Content-Type": "application/x-ndjson"}
 BATCH_TOKENS = (128, 256, 512, 1024, 2048)
+JOB_ITEMS = 20_000
+SETTLING_SECONDS = 2.0
 WATCHED = ("edge", "detector_proxy", "fallback_model")
 
 
@@ -217,27 +219,54 @@ async def beside(gateway: Gateway, show: Callable[..., None], seconds: float) ->
             await asyncio.sleep(0.02)
         return measured
 
+    quiet = await singles()
+    for name, load in (("batch", _batch_running), ("job", _job_running)):
+        async with load(gateway):
+            loud = await singles()
+        for share, figure in ((0.5, "median"), (0.99, "p99")):
+            with_it, without = loud.percentile(share), quiet.percentile(share)
+            show(
+                f"single, {figure}",
+                f"{with_it:.1f} ms beside a {name}",
+                f"{without:.1f} ms alone",
+                f"{with_it / without:.2f} times",
+            )
+
+
+@asynccontextmanager
+async def _batch_running(gateway: Gateway) -> AsyncIterator[None]:
+    """A streamed batch that does not end by itself."""
+
     async def forever() -> AsyncIterator[str]:
         for text in texts():
             yield f"{text} {secrets.token_hex(4)}"
 
-    quiet = await singles()
     batch = asyncio.create_task(gateway.upload(forever()))
-    await asyncio.sleep(2)
-    loud = await singles()
+    await asyncio.sleep(SETTLING_SECONDS)
+    yield
     if batch.done():
-        batch.result()
+        raise BenchError(f"the batch had ended: {batch.result()}")
     batch.cancel()
     with suppress(asyncio.CancelledError):
         await batch
-    for share, name in ((0.5, "median"), (0.99, "p99")):
-        with_batch, without = loud.percentile(share), quiet.percentile(share)
-        show(
-            f"single, {name}",
-            f"{with_batch:.1f} ms beside a batch",
-            f"{without:.1f} ms alone",
-            f"{with_batch / without:.2f} times",
-        )
+
+
+@asynccontextmanager
+async def _job_running(gateway: Gateway) -> AsyncIterator[None]:
+    """A job that is too large to be done in the meantime."""
+    headers = gateway.headers | NDJSON | {"Prefer": "respond-async"}
+    async with gateway.session.post("/v1/detect/batch", data=_lines(made(JOB_ITEMS)), headers=headers) as response:
+        if response.status != 202:
+            raise BenchError(f"a job was answered {response.status}: {await response.text()}")
+        place = response.headers["Location"]
+    await asyncio.sleep(SETTLING_SECONDS)
+    yield
+    async with gateway.session.get(place, headers=gateway.headers) as response:
+        job = await response.json()
+    if job["state"] != "running":
+        raise BenchError(f"the job was not running any more: {job}")
+    async with gateway.session.delete(place, headers=gateway.headers):
+        pass
 
 
 async def bench(

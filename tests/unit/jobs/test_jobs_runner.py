@@ -411,6 +411,34 @@ async def test_limits_that_cannot_be_asked_fail_nothing(kit: Kit) -> None:
     assert kit.records.of().state == "done"
 
 
+async def test_pauses_grow_with_outages_and_not_with_all_that_fails_in_one(kit: Kit) -> None:
+    kit.submit("a", "b")
+    await kit.runner.look()
+
+    async def fails() -> None:
+        assert not await kit.runner.turn(KEY, JOB, 1)
+
+    async def paused_seconds() -> float:
+        await kit.runner.look()
+        began = kit.clock.monotonic()
+        while (turn := kit.runner._schedule.take(kit.clock.monotonic(), 1)) is None:
+            assert kit.clock.monotonic() < began + 60
+            kit.clock.advance(0.01)
+        kit.runner._schedule.done(*turn[:2])
+        return kit.clock.monotonic() - began
+
+    kit.backend.refusal = AWAY
+    pauses = []
+    for _ in range(6):
+        for _ in range(5):
+            await fails()
+        pauses.append(await paused_seconds())
+    first, longest = runner.PAUSE_SECONDS
+    for number, pause in enumerate(pauses):
+        expected = min(longest, first * 2**number)
+        assert 0.75 * expected <= pause <= 1.25 * expected + 0.02, pauses
+
+
 async def test_a_job_that_has_had_its_time_fails_with_what_it_has(kit: Kit) -> None:
     kit.submit("a", "b")
     await kit.round(most=1)
