@@ -40,7 +40,7 @@ class Seen:
 
 @dataclass
 class Collector:
-    """`url`: for OTEL_EXPORTER_OTLP_ENDPOINT. `bodies`: what came, byte for byte. `refusing`: answers 503."""
+    """`url`: for OTEL_EXPORTER_OTLP_ENDPOINT. `bodies`: what came, byte for byte. `refusing`: answers 400. `keeping`: whether anything is kept."""
 
     url: str = ""
     spans: list[Seen] = field(default_factory=list)

@@ -29,8 +29,8 @@ class CommonSettings(BaseSettings):
     failure and every slow request. Nothing is recorded unless `OTEL_EXPORTER_OTLP_ENDPOINT` names a collector."""
     trace_slow_ms: Annotated[float, Field(gt=0)] = 1000.0
     """A request that takes so long is sent to the collector."""
-    trace_buffer_spans: Annotated[int, Field(ge=64)] = 32_768
-    """Spans that each process remembers of requests about which nothing is decided yet; about 0.5 KB each."""
+    trace_buffer_spans: Annotated[int, Field(ge=64)] = 16_384
+    """Spans that each process remembers of requests about which nothing is decided yet; about 0.75 KB each."""
 
 
 SettingsT = TypeVar("SettingsT", bound=CommonSettings)

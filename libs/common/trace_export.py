@@ -20,7 +20,8 @@ from libs.common.tracing import Head, PerSecond, Recorded, Recorder, Standard
 
 log = logging.getLogger(__name__)
 
-EVERY_SECONDS: Final = 0.5
+EVERY_MS: Final = "1000"
+"""How often spans are sent, unless `OTEL_BSP_SCHEDULE_DELAY` (milliseconds) says otherwise."""
 BATCH_SPANS: Final = 256
 PROCESSOR_SHARE: Final = 0.05
 STOP_SECONDS: Final = 2.0
@@ -58,8 +59,9 @@ class Sink(Protocol):
 class Exporter:
     """The thread. `open_sink` is called in it."""
 
-    def __init__(self, recorder: Recorder, open_sink: Callable[[], Sink]) -> None:
+    def __init__(self, recorder: Recorder, open_sink: Callable[[], Sink], every_seconds: float) -> None:
         self._recorder = recorder
+        self._every_seconds = every_seconds
         self._open_sink = open_sink
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="trace-export", daemon=True)
@@ -73,7 +75,7 @@ class Exporter:
 
     def _run(self) -> None:
         sink = self._open_sink()
-        while not self._stop.wait(EVERY_SECONDS):
+        while not self._stop.wait(self._every_seconds):
             self._empty(sink, paced=True)
         self._empty(sink, paced=False)
         sink.close()
@@ -100,6 +102,7 @@ class Exporter:
 def start(service: str, instance: str, settings: CommonSettings) -> Exporter | None:
     """Record and export from now on, if the operator wants it. `service`: as the bus calls it. Raises as `recorder_for`."""
     recorder = recorder_for(settings, os.environ)
+    every_ms = float(os.environ.get("OTEL_BSP_SCHEDULE_DELAY") or EVERY_MS)
     tracing.use(recorder)
     if recorder is None:
         return None
@@ -110,4 +113,4 @@ def start(service: str, instance: str, settings: CommonSettings) -> Exporter | N
 
         return Wire(f"portcullis-{service}".replace("_", "-"), instance, VERSION)
 
-    return Exporter(recorder, open_sink)
+    return Exporter(recorder, open_sink, every_ms / 1000)
