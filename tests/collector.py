@@ -40,21 +40,19 @@ class Seen:
 
 @dataclass
 class Collector:
-    """`url`: for OTEL_EXPORTER_OTLP_ENDPOINT. `bodies`: what came, byte for byte. `refusing`: answers 400. `keeping`: whether anything is kept."""
+    """`url`: for OTEL_EXPORTER_OTLP_ENDPOINT. `bodies`: what came, byte for byte. `refusing`: answers 400."""
 
     url: str = ""
     spans: list[Seen] = field(default_factory=list)
     bodies: list[bytes] = field(default_factory=list)
     refusing: bool = False
-    keeping: bool = True
 
     async def receive(self, request: web.Request) -> web.Response:
         body = await request.read()
         if self.refusing:
             return web.Response(status=400)
-        if self.keeping:
-            self.bodies.append(body)
-            self.spans += read(body)
+        self.bodies.append(body)
+        self.spans += read(body)
         return web.Response(body=b"", content_type="application/x-protobuf")
 
     def trace(self, trace_id: str) -> list[Seen]:
