@@ -18,4 +18,4 @@ def _itself(metric: Any, *_: Any, **__: Any) -> Any:
 for kind, methods in ((Counter, ("inc",)), (Gauge, ("inc", "dec", "set")), (Histogram, ("observe",))):
     for method in methods:
         setattr(kind, method, _nothing)
-    kind.labels = _itself  # type: ignore[method-assign]
+    kind.labels = _itself  # type: ignore[method-assign,assignment]

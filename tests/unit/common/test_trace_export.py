@@ -59,7 +59,7 @@ def spans(number: int) -> None:
 
 
 def value(outcome: str) -> float:
-    return tracing.SPANS.labels(outcome)._value.get()
+    return float(tracing.SPANS.labels(outcome)._value.get())
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import pytest
 
@@ -13,12 +14,32 @@ from libs.common import hops, telemetry, tracing
 from libs.common.clock import ManualClock
 from libs.common.context import RequestContext, new_traceparent
 from libs.common.errors import ErrorCode, PortcullisError
-from libs.common.tracing import CLIENT, CONSUMER, SERVER, PerSecond, Recorded, Recorder, Span, Standard
+from libs.common.tracing import CLIENT, CONSUMER, SERVER, Attributes, Event, PerSecond, Recorder, Span, Standard
 
 CALLER = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-"
 TRACE = CALLER[3:35]
 SLOW_MS = 100.0
-NAME, STARTED, ENDED, EVENTS, LINKS, ERROR = 3, 5, 6, 9, 10, 11
+
+
+class Ended(NamedTuple):
+    """A recorded span, with names."""
+
+    trace_id: str
+    span_id: str
+    parent_id: str
+    name: str
+    kind: int
+    began: int
+    ended: int
+    shared: Attributes
+    own: Attributes
+    events: tuple[Event, ...]
+    links: tuple[str, ...]
+    error: str
+
+
+def taken(recorder: Recorder, most: int = 1000) -> list[Ended]:
+    return [Ended(*span) for span in recorder.take(most)]
 
 
 class Time:
@@ -55,7 +76,7 @@ def recorder(time: Time, clock: ManualClock) -> Iterator[Recorder]:
 
 
 def names(recorder: Recorder) -> list[str]:
-    return [span[NAME] for span in recorder.take(1000)]
+    return [span.name for span in taken(recorder)]
 
 
 def step(parent: Span, name: str = "step") -> None:
@@ -63,11 +84,11 @@ def step(parent: Span, name: str = "step") -> None:
 
 
 def value(reason: str) -> float:
-    return tracing.KEPT.labels(reason)._value.get()
+    return float(tracing.KEPT.labels(reason)._value.get())
 
 
 def dropped() -> float:
-    return tracing.SPANS.labels("dropped")._value.get()
+    return float(tracing.SPANS.labels("dropped")._value.get())
 
 
 # --- what is kept ---------------------------------------------------------------------------------------------------------
@@ -171,8 +192,8 @@ def test_the_oldest_spans_are_forgotten(recorder: Recorder) -> None:
         step(root, str(number))
     recorder.keep((root.traceparent[3:35],))
     before = dropped()
-    taken = names(recorder)
-    assert taken == [str(number) for number in range(50, 100)], "what the ring of 100 held, as far as 50 may wait"
+    exported = names(recorder)
+    assert exported == [str(number) for number in range(50, 100)], "what the ring of 100 held, as far as 50 may wait"
     assert dropped() == before + 50
 
 
@@ -207,8 +228,8 @@ def test_take_gives_the_oldest_first(recorder: Recorder) -> None:
     root = tracing.root("root", SERVER, CALLER + "01")
     for number in range(5):
         step(root, str(number))
-    assert [span[NAME] for span in recorder.take(2)] == ["0", "1"]
-    assert [span[NAME] for span in recorder.take(9)] == ["2", "3", "4"]
+    assert [span.name for span in taken(recorder, 2)] == ["0", "1"]
+    assert [span.name for span in taken(recorder, 9)] == ["2", "3", "4"]
 
 
 # --- the operator's own sampler -------------------------------------------------------------------------------------------
@@ -265,8 +286,8 @@ def test_where_a_standard_sampler_decides_failures_are_its_own(time: Time) -> No
 # --- spans ----------------------------------------------------------------------------------------------------------------
 
 
-def only(recorder: Recorder) -> Recorded:
-    (span,) = recorder.take(10)
+def only(recorder: Recorder) -> Ended:
+    (span,) = taken(recorder)
     return span
 
 
@@ -290,8 +311,8 @@ def test_a_root_has_no_parent_but_the_callers(recorder: Recorder) -> None:
     assert root.traceparent.endswith("-01"), "kept as what it goes back to"
     root.end()
     span = only(recorder)
-    assert (span[2], span[LINKS]) == ("", (CALLER + "01",))
-    assert span[0] != TRACE
+    assert (span.parent_id, span.links) == ("", (CALLER + "01",))
+    assert span.trace_id != TRACE
 
 
 def test_steps_in_steps_and_what_a_task_works_for(recorder: Recorder) -> None:
@@ -301,10 +322,10 @@ def test_steps_in_steps_and_what_a_task_works_for(recorder: Recorder) -> None:
         with pytest.raises(RuntimeError), tracing.span("inner") as inner:
             raise RuntimeError("a text that must not get into the trace")
     assert tracing.here() == CALLER + "01"
-    first, second = recorder.take(10)
-    assert (first[NAME], first[2], first[ERROR]) == ("inner", outer.traceparent[36:52], "RuntimeError")
-    assert first[1] == inner.traceparent[36:52]
-    assert (second[NAME], second[2], second[ERROR]) == ("outer", CALLER[36:52], "")
+    first, second = taken(recorder)
+    assert (first.name, first.parent_id, first.error) == ("inner", outer.traceparent[36:52], "RuntimeError")
+    assert first.span_id == inner.traceparent[36:52]
+    assert (second.name, second.parent_id, second.error) == ("outer", CALLER[36:52], "")
 
 
 def test_a_step_that_works_for_nobody_is_none(recorder: Recorder) -> None:
@@ -319,7 +340,7 @@ def test_a_step_that_is_over_can_be_recorded(recorder: Recorder, time: Time) -> 
     tracing.enter(CALLER + "01")
     tracing.record("queue", 0.5, ago=0.25)
     span = only(recorder)
-    assert (time.now - span[ENDED], span[ENDED] - span[STARTED]) == (250_000_000, 500_000_000)
+    assert (time.now - span.ended, span.ended - span.began) == (250_000_000, 500_000_000)
 
 
 def test_what_is_said_of_the_request_is_on_its_hop(recorder: Recorder) -> None:
@@ -329,9 +350,9 @@ def test_what_is_said_of_the_request_is_on_its_hop(recorder: Recorder) -> None:
         tracing.annotate("portcullis.tokens", 9)
         tracing.fail("failed_items")
     hop.end()
-    inner, outer = recorder.take(10)
-    assert inner[8] == ()
-    assert (outer[8], outer[ERROR]) == ((("portcullis.tokens", 9),), "failed_items")
+    inner, outer = taken(recorder)
+    assert inner.own == ()
+    assert (outer.own, outer.error) == ((("portcullis.tokens", 9),), "failed_items")
 
 
 def test_a_stage_says_what_became_of_a_message(recorder: Recorder) -> None:
@@ -340,7 +361,7 @@ def test_a_stage_says_what_became_of_a_message(recorder: Recorder) -> None:
         span = tracing.begin("process", CONSUMER, context.traceparent)
         hops.handled(span, context, outcome)
         assert span.refused is refused
-        said = dict(only(recorder)[8])
+        said = dict(only(recorder).own)
         assert said == {"portcullis.request_id": "the-id", "portcullis.outcome": str(outcome)}
         assert span.error == ("" if outcome == "ok" else outcome)
 
@@ -353,10 +374,10 @@ def test_whoever_gets_a_message_is_told_the_span_that_sent_it(recorder: Recorder
         sends.forwarded("_INBOX.edge.1.2", span)
     sends.not_received("_INBOX.edge.1.3")
     sends.not_received("_INBOX.edge.1.2")
-    sent, missed = recorder.take(10)
-    assert sent[NAME] == "send detect.v1.request"
-    assert (missed[NAME], missed[2], missed[ERROR]) == (hops.NO_RESPONDERS, span.traceparent[36:52], "stage_unavailable")
-    assert [name for name, _ in missed[EVENTS]] == [hops.NO_RESPONDERS]
+    sent, missed = taken(recorder)
+    assert sent.name == "send detect.v1.request"
+    assert (missed.name, missed.parent_id, missed.error) == (hops.NO_RESPONDERS, span.traceparent[36:52], "stage_unavailable")
+    assert [name for name, _ in missed.events] == [hops.NO_RESPONDERS]
     assert "_INBOX" not in str((sent, missed))
 
 
