@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 from prometheus_client import Counter, Gauge, Histogram, start_http_server
 
+from libs.common import tracing
 from libs.common.settings import CommonSettings
 
 request_id_var: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", default="")
@@ -50,6 +51,8 @@ class _JsonFormatter(logging.Formatter):
         }
         if request_id := request_id_var.get():
             entry["request_id"] = request_id
+        if traceparent := tracing.here():
+            entry["trace_id"], entry["span_id"] = traceparent[3:35], traceparent[36:52]
         if record.exc_info:
             entry["exception"] = self.formatException(record.exc_info)
         return msgspec.json.encode(entry).decode()

@@ -108,5 +108,6 @@ def _bulk(bus: Bus, guarded: GuardedEngine, settings: DetectorProxySettings) -> 
         guarded.breaker,
         max_concurrency=places,
         timeout_seconds=settings.engine_timeout_seconds,
+        one_of_many=True,
     )
     return OneByOne(alone, bus.clock, places)

@@ -16,9 +16,11 @@ from typing import Final, Protocol
 
 import numpy as np
 
+from libs.common import tracing
 from services.fallback_model.engine import Scores
 from services.fallback_model.windows import Ids
 
+_FOR_A_SESSION: Final = (("portcullis.queue", "model"),)
 _LOOK_AHEAD: Final = 256
 """How many waiting windows are looked at to find some of like length."""
 _LENGTH_SLACK: Final = 16
@@ -61,6 +63,10 @@ class _Request:
     logits: np.ndarray
     threats: np.ndarray | None
     done: asyncio.Future[Scores]
+    taken: float = 0.0
+    """When its first window left the queue."""
+    batch_rows: int = 0
+    """Of the batch that its first window was in."""
 
 
 @dataclass(eq=False)
@@ -119,7 +125,24 @@ class Batcher:
         queue.extend(_Item(request, index, ids, now) for index, ids in enumerate(rows))
         self._queued_tokens += sum(map(len, rows))
         self._work.set()
-        return await request.done
+        try:
+            return await request.done
+        finally:
+            self._trace(request, now)
+
+    def _trace(self, request: _Request, since: float) -> None:
+        """The steps of a request that has been scored, or has failed."""
+        if not request.taken or request.done.cancelled():
+            return
+        now = self._clock.monotonic()
+        error = request.done.exception()
+        tracing.record("queue", request.taken - since, ago=now - request.taken, own=_FOR_A_SESSION)
+        tracing.record(
+            "inference",
+            now - request.taken,
+            own=(("portcullis.windows", len(request.logits)), ("portcullis.batch.windows", request.batch_rows)),
+            error=type(error).__name__ if error is not None else "",
+        )
 
     async def close(self) -> None:
         """Finishes what was accepted; further requests are refused."""
@@ -141,6 +164,7 @@ class Batcher:
             batch = self._gather()
             if not batch:
                 continue
+            self._note_begin(batch)
             try:
                 scores = await loop.run_in_executor(self._threads, runner.run, [item.ids for item in batch])
             except Exception as error:  # noqa: BLE001  # handed to those who asked, whatever it is; the worker goes on
@@ -149,6 +173,12 @@ class Batcher:
                         item.request.done.set_exception(error)
                 continue
             self._deliver(batch, scores)
+
+    def _note_begin(self, batch: list[_Item]) -> None:
+        now = self._clock.monotonic()
+        for item in batch:
+            if not item.request.taken:
+                item.request.taken, item.request.batch_rows = now, len(batch)
 
     def _gather(self) -> list[_Item]:
         """The next batch: what has waited longest, and others of like length."""
