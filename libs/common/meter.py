@@ -48,6 +48,9 @@ class StageMeter:
         telemetry.STAGE_QUEUED.labels(subject).set_function(queued)
         telemetry.STAGE_LIMIT.labels(subject).set(limit)
         self._of(OK)
+        for trouble in (ErrorCode.OVERLOADED, ErrorCode.INTERNAL):
+            # From the start: the first of a series that appears with it is no increase, and there are alerts on these.
+            telemetry.STAGE_REQUESTS.labels(subject, trouble)
 
     def count(self, outcome: str, spent_ns: int | None) -> None:
         """One message, done with. `spent_ns` None: it was turned away before any work, which says nothing about durations."""

@@ -77,7 +77,7 @@ async def _serve(service: str, settings: S, parts: Parts[S], front: Front[S]) ->
         loop.add_signal_handler(name, stop.set)
     bus = Bus(service, settings)
     telemetry.setup_logging(service, bus.instance, settings)
-    telemetry.BUILD.labels(service, VERSION).set(1)
+    telemetry.BUILD.labels(VERSION).set(1)
     async with AsyncExitStack() as outside:
         for beside in (telemetry.serve_metrics(settings), telemetry.watch_loop()):
             outside.push_async_callback(tasks.end, asyncio.create_task(beside))

@@ -25,7 +25,7 @@ disable_created_metrics()  # type: ignore[no-untyped-call]
 LATENCY_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 """Buckets of durations that somebody waits for."""
 
-BUILD = Gauge("portcullis_build_info", "1; the service that a process is, and its version.", ["service", "version"])
+BUILD = Gauge("portcullis_build_info", "1; the version that runs.", ["version"])
 LOOP_LAG = Histogram(
     "portcullis_event_loop_lag_seconds",
     "How much later than due a process's event loop came to a timer: what everything in it waits.",

@@ -12,6 +12,8 @@ WAITING = Gauge("portcullis_job_items_waiting", "Items of jobs that nobody has h
 IN_HAND = Gauge("portcullis_job_items_in_hand", "Items that were handed out and have no result yet, in all replicas.")
 ENDED = Counter("portcullis_jobs_ended_total", "Jobs that this replica has ended, by their state.", ["state"])
 ITEMS = Counter("portcullis_job_items_total", "Items of jobs that this replica has stored a result for.", ["outcome"])
+for _outcome in ("benign", "malicious", "failed"):
+    ITEMS.labels(_outcome)
 RETRIED = Counter("portcullis_job_items_retried_total", "Items given back to be tried again, by the reason.", ["code"])
 REDELIVERED = Counter("portcullis_job_items_redelivered_total", "Items that this replica got and that somebody had had before.")
 DEAD = Counter("portcullis_job_dead_letters_total", "Items that were given up.")
