@@ -1,8 +1,8 @@
 """promtool and prometheus, for the tests of what is given to them.
 
-Neither comes as a wheel. What is on the PATH is used; else Debian's package is fetched from the machine's package index and unpacked
-below `.portcullis/debian`, for which nobody has to be root. Where neither can be had the tests that need them are skipped, unless
-`PORTCULLIS_TEST_PROMETHEUS=required` says that this must not happen.
+Neither comes as a wheel. What is on the PATH is used; else Debian's package is fetched from the machine's package index and
+unpacked below `.portcullis/debian`, for which nobody has to be root. Where neither can be had the tests that need them are
+skipped, unless `PORTCULLIS_TEST_PROMETHEUS=required` says that this must not happen.
 """
 
 from __future__ import annotations

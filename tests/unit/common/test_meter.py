@@ -45,6 +45,7 @@ def test_stats_and_metrics_agree() -> None:
     stats = stage.stats()
     assert (stats.num_requests, stats.num_errors, stats.last_error) == (4, 1, "rate_limited")
     assert (stats.processing_time, stats.average_processing_time) == (7_000_000, 1_750_000)
+    assert stats.data is not None
     assert (stats.data["in_flight"], stats.data["queued"]) == (3, 2)
     assert stats.data["p50_ms"] == pytest.approx(2, rel=0.07)
     assert value("portcullis_stage_requests_total", outcome="ok") == before + 3
@@ -59,6 +60,7 @@ def test_what_was_turned_away_is_counted_and_says_nothing_of_durations() -> None
     stage.count(ErrorCode.OVERLOADED, None)
     stats = stage.stats()
     assert (stats.num_requests, stats.num_errors) == (1, 1)
+    assert stats.data is not None
     assert stats.data["p99_ms"] is None
     assert value("portcullis_stage_duration_seconds_count", result="refused") == before
 
@@ -67,5 +69,5 @@ def test_a_duration_leads_to_its_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     trace_id = "4bf92f3577b34da6a3ce929d0e0e4736"
     monkeypatch.setattr(tracing, "current_trace_id", lambda: trace_id)
     made().count(meter.OK, 300_000_000)
-    assert f'{{trace_id="{trace_id}"}} 0.3' in open_metrics(REGISTRY).decode()
+    assert f'{{trace_id="{trace_id}"}} 0.3' in open_metrics(REGISTRY).decode()  # type: ignore[no-untyped-call]
     assert trace_id not in generate_latest().decode()  # the public page is of this format
