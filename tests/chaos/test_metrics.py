@@ -149,12 +149,14 @@ async def test_labels_have_bounds_whatever_callers_send(stack: Stack) -> None:
         assert secret not in known
 
 
+def linted(page: str) -> tuple[int, str]:
+    done = subprocess.run([promtool(), "check", "metrics"], input=page, capture_output=True, text=True)
+    return done.returncode, done.stderr
+
+
 async def test_names_are_as_prometheus_wants_them(stack: Stack) -> None:
     for service, page in (await pages(stack)).items():
-        done = await asyncio.to_thread(
-            subprocess.run, [promtool(), "check", "metrics"], input=page, capture_output=True, text=True
-        )
-        assert (done.returncode, done.stderr) == (0, ""), service
+        assert await asyncio.to_thread(linted, page) == (0, ""), service
 
 
 async def test_both_formats_are_served_and_tell_the_same(stack: Stack) -> None:

@@ -78,11 +78,15 @@ def test_each_alert_has_a_severity_and_leads_to_its_section_of_the_runbooks() ->
             assert part in sections[alert], f"{alert}: {part}"
 
 
-def test_the_runbooks_name_dashboards_panels_and_settings_that_there_are() -> None:
-    text = RUNBOOKS.read_text()
+@pytest.mark.parametrize("page", ["runbooks.md", "README.md"])
+def test_pages_name_dashboards_panels_and_settings_that_there_are(page: str) -> None:
+    text = RUNBOOKS.with_name(page).read_text()
     titles = {panel["title"] for board in boards() for panel in board["panels"]}
+    names = titles | {title.partition(",")[0] for title in titles} | set(BOARDS) | {"Portcullis"}
+    for board in boards():
+        names |= {board["title"], board["title"].removeprefix("Portcullis: ")}
     for name in re.findall(r"(?<!\*)\*([^*]+)\*(?!\*)", text):
-        assert name.replace("\n", " ") in titles | set(BOARDS) | {"Portcullis"}, name
+        assert " ".join(name.split()) in names, name
     for row in re.findall(r'row "([^"]+)"', text):
         assert row in titles, row
     settings = (ROOT / "docs" / "configuration.md").read_text()
