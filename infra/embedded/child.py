@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("--starts", type=Path, help="where to note the starts")
     parser.add_argument("--parent-signal", default="TERM", help="what to send to the program when its parent dies")
     parser.add_argument("--parent-pid-variable", help="the variable that holds the parent's process id")
-    parser.add_argument("--metrics-port", type=int, help="PORTCULLIS_METRICS_PORT of replica 0; the others have those after it")
+    parser.add_argument("--metrics-ports", help="PORTCULLIS_METRICS_PORT of each replica, separated by commas")
     parser.add_argument("--number", type=int, default=0, help="which replica this is")
     parser.add_argument("command", nargs="+")
     arguments = parser.parse_args()
@@ -69,8 +69,8 @@ def main() -> None:
             environment.update(read_environment(arguments.environment))
         elif arguments.environment.exists():
             environment = read_environment(arguments.environment) | environment
-    if arguments.metrics_port is not None:
-        environment["PORTCULLIS_METRICS_PORT"] = str(arguments.metrics_port + arguments.number)
+    if arguments.metrics_ports is not None:
+        environment["PORTCULLIS_METRICS_PORT"] = arguments.metrics_ports.split(",")[arguments.number]
     if arguments.starts is not None:
         record_start(arguments.starts)
     os.execvpe(arguments.command[0], arguments.command, environment)  # noqa: S606

@@ -100,6 +100,11 @@ class Home:
         """JSON: the host and port on which the edge was last started, and the URL of NATS if that is ours (`nats`)."""
         return self.path / "edge.json"
 
+    @property
+    def metrics_targets(self) -> Path:
+        """JSON for Prometheus's file_sd: where each process that was last started serves its metrics."""
+        return self.path / "prometheus" / "targets.json"
+
     def supervisor_socket(self) -> Path:
         """Where supervisord listens; in a private temporary folder when the home's path is too long for a socket."""
         beside = self.path / "supervisor.sock"
@@ -128,7 +133,11 @@ class Home:
         path = self.path / "ports.json"
         ports: dict[str, int] = json.loads(path.read_text()) if path.exists() else {}
         if name not in ports or not is_free("127.0.0.1", ports[name]):
-            ports[name] = free_port()
+            # The kernel may offer a port again that another server of ours has not taken yet.
+            others = {port for other, port in ports.items() if other != name}
+            while (port := free_port()) in others:
+                pass
+            ports[name] = port
             write_private(path, json.dumps(ports, indent=1) + "\n")
         return ports[name]
 
@@ -154,7 +163,7 @@ def open_home(environment: dict[str, str]) -> Home:
         home.path.mkdir(parents=True, exist_ok=True)
         # Root runs PostgreSQL as another user, which must be able to pass; what is inside is private one by one.
         home.path.chmod(0o711 if os.geteuid() == 0 else 0o700)
-        for folder in (home.logs, home.environments, home.starts, home.path / "secrets"):
+        for folder in (home.logs, home.environments, home.starts, home.path / "secrets", home.metrics_targets.parent):
             folder.mkdir(mode=0o700, exist_ok=True)
     except OSError as error:
         raise HomeError(

@@ -59,8 +59,8 @@ class Program:
     replicas: int = 1
     stop_signal: str = "TERM"
     environment: Mapping[str, str] = field(default_factory=dict, repr=False)
-    metrics_port: int = 0
-    """Where the first replica serves its metrics, the others on the ports after it; 0: nowhere."""
+    metrics_ports: tuple[int, ...] = ()
+    """Where each replica serves its metrics; empty: nowhere."""
     listen: tuple[str, int] | None = None
     """Host and port of a socket that all replicas share as their file descriptor 0."""
 
@@ -73,6 +73,7 @@ class Plan:
     edge_host: str
     edge_port: int
     nats_url: str | None = None
+    metrics_host: str = "127.0.0.1"
 
 
 def parse_scale(values: list[str]) -> dict[str, int]:
@@ -152,11 +153,12 @@ def plan(home: Home, environment: Mapping[str, str], scale: Mapping[str, int]) -
     if edge_host in LOOPBACK:
         # Whoever reaches the gateway may register a key: fine on this machine alone, and not a default for anybody else's.
         wanted.setdefault("PORTCULLIS_REGISTRATION", "open")
-    # One number for all would set every process on the same port: it is the first of a row, in the order of the path.
-    metrics_port = _port(wanted, "metrics") or 0
+    first_metrics_port = _port(wanted, "metrics")
     wanted.pop("PORTCULLIS_METRICS_PORT", None)
+    processes = 0
     programs = [Program(server.name, server.command, group="servers", stop_signal=server.stop_signal) for server in running]
     for name in SERVICES:
+        replicas = scale.get(name, 1)
         own = {variable: value for variable, value in wanted.items() if _is_for(variable, name)} | users.get(name, {})
         if name == "edge":
             own |= {"PORTCULLIS_EDGE_HOST": edge_host, "PORTCULLIS_EDGE_PORT": str(edge_port)}
@@ -165,14 +167,21 @@ def plan(home: Home, environment: Mapping[str, str], scale: Mapping[str, int]) -
                 name,
                 (sys.executable, "-m", f"services.{name}"),
                 group="edge" if name == "edge" else "services",
-                replicas=scale.get(name, 1),
+                replicas=replicas,
                 environment=own,
-                metrics_port=metrics_port,
+                metrics_ports=_metrics_ports(home, name, replicas, first_metrics_port and first_metrics_port + processes),
                 listen=(edge_host, edge_port) if name == "edge" else None,
             )
         )
-        metrics_port += scale.get(name, 1) if metrics_port else 0
-    return Plan(tuple(programs), edge_host, edge_port, nats_url)
+        processes += replicas
+    return Plan(tuple(programs), edge_host, edge_port, nats_url, wanted.get("PORTCULLIS_METRICS_HOST", "127.0.0.1"))
+
+
+def _metrics_ports(home: Home, service: str, replicas: int, first: int | None) -> tuple[int, ...]:
+    """One number for all would set every process on the same port: it is the first of a row, in the order of the path."""
+    if first is not None:
+        return tuple(range(first, first + replicas))
+    return tuple(home.port(f"metrics-{service}-{number}") for number in range(replicas))
 
 
 def _is_for(variable: str, service: str) -> bool:
@@ -198,7 +207,18 @@ def write(home: Home, plan: Plan) -> None:
         environment = {HOME_VARIABLE: str(home.path), **program.environment}
         write_private(home.environments / f"{program.name}.json", json.dumps(environment, indent=1) + "\n")
     write_private(home.supervisor_configuration, configuration(home, plan.programs))
+    write_private(home.metrics_targets, json.dumps(targets(plan), indent=1) + "\n")
     write_private(home.edge_address, json.dumps({"host": plan.edge_host, "port": plan.edge_port, "nats": plan.nats_url}) + "\n")
+
+
+def targets(plan: Plan) -> list[dict[str, object]]:
+    """Where each replica serves its metrics, as Prometheus's file_sd reads it."""
+    host = LOOPBACK[0] if plan.metrics_host == "0.0.0.0" else plan.metrics_host  # noqa: S104  # who listens everywhere is here, too
+    return [
+        {"targets": [f"{host}:{port}"], "labels": {"service": program.name, "replica": str(number)}}
+        for program in plan.programs
+        for number, port in enumerate(program.metrics_ports)
+    ]
 
 
 # Servers first, the edge last; stopped in the opposite order, each group together.
@@ -247,8 +267,8 @@ def _program_section(home: Home, program: Program) -> dict[str, str]:
     child = [sys.executable, "-I", "-S", str(Path(__file__).with_name("child.py"))]
     child += ["--environment", str(home.environments / f"{program.name}.json")]
     child += ["--parent-pid-variable", SUPERVISOR_PID_VARIABLE, "--parent-signal", program.stop_signal]
-    if program.metrics_port:
-        child += ["--metrics-port", str(program.metrics_port)]
+    if program.metrics_ports:
+        child += ["--metrics-ports", ",".join(map(str, program.metrics_ports))]
     section = {
         "": f"{'fcgi-' if program.listen else ''}program:{program.name}",
         "command": " ".join(

@@ -38,7 +38,7 @@ from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 from nats.micro.service import ServiceConfig
 
-from libs.common import VERSION, hops, micro, tasks, telemetry, tracing
+from libs.common import VERSION, hops, meter, micro, tasks, telemetry, tracing
 from libs.common.clock import Clock, SystemClock
 from libs.common.context import (
     DEADLINE_HEADER,
@@ -119,6 +119,7 @@ Handler = Callable[[T, RequestContext], Awaitable[Outcome]]
 DoorHandler = Callable[[str, T, RequestContext], Awaitable[Outcome]]
 """Of what a client asks in the name of the key whose id comes first."""
 AskedHandler = Callable[[bytes], Awaitable[bytes | None]]
+Accept = Callable[[NatsMessage], Awaitable[None]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,19 +139,36 @@ class _Pending:
     span: tracing.Span
 
 
+_Waiting = Callable[[], int]
+"""How many messages of a subject have come and are not worked on yet."""
+
+
+def _meter(subject: str, queue_group: str, limit: int, tasks: set[asyncio.Task[None]], waiting: _Waiting) -> meter.StageMeter:
+    # NATS ADR-32 allows no other characters in a name.
+    name = subject.replace(".", "-").replace("*", "KEY").replace("$", "")
+    return meter.StageMeter(name, subject, queue_group, limit, in_flight=tasks.__len__, queued=waiting)
+
+
 class _Stage(Generic[T]):
     """One subject that this process handles."""
 
-    def __init__(self, bus: Bus, subject: str, kind: type[T], handler: Handler[T], queue_group: str, max_in_flight: int) -> None:
+    def __init__(
+        self,
+        bus: Bus,
+        subject: str,
+        kind: type[T],
+        handler: Handler[T],
+        queue_group: str,
+        max_in_flight: int,
+        waiting: _Waiting,
+    ) -> None:
         self.subject = subject
-        self.counters = micro.EndpointCounters(subject.replace(".", "-"), subject, queue_group)
         self.tasks: set[asyncio.Task[None]] = set()
+        self.meter = _meter(subject, queue_group, max_in_flight, self.tasks, waiting)
         self._bus = bus
         self._decode = msgspec.json.Decoder(kind).decode
         self._handler = handler
         self._max_in_flight = max_in_flight
-        self._in_flight = telemetry.STAGE_IN_FLIGHT.labels(subject)
-        self._duration = telemetry.STAGE_DURATION.labels(subject)
         self._span_name = f"process {subject}"
         self._span_attributes = tracing.messaging("process", subject, queue_group)
 
@@ -159,7 +177,7 @@ class _Stage(Generic[T]):
         msg = message.raw_message
         origin = self._origin(msg)
         if len(self.tasks) >= self._max_in_flight:
-            self._count(ErrorCode.OVERLOADED, 0)
+            self.meter.count(ErrorCode.OVERLOADED, None)
             self._trace_refusal(msg, origin)
             await self._bus.reply_error(origin, PortcullisError(ErrorCode.OVERLOADED, internal=f"{self.subject} is full"))
             return
@@ -169,10 +187,9 @@ class _Stage(Generic[T]):
 
     async def _run(self, msg: Msg, origin: str | None) -> None:
         started = time.perf_counter_ns()
-        self._in_flight.inc()
         context: RequestContext | None = None
         rate: RateState | None = None
-        outcome_name = "ok"
+        outcome_name: str = meter.OK
         span = tracing.NO_SPAN
         try:
             context = self._context(msg, origin)
@@ -182,7 +199,7 @@ class _Stage(Generic[T]):
             tracing.enter(context.traceparent, span or None)
             remaining = context.remaining_seconds(self._bus.clock.now())
             if remaining <= 0:
-                outcome_name = "expired"
+                outcome_name = meter.EXPIRED
                 return
             body = self._read(msg.data)
             rate = getattr(body, "rate", None)
@@ -198,23 +215,21 @@ class _Stage(Generic[T]):
             elif isinstance(outcome, Answer):
                 await self._bus.answer(origin, outcome, spent)
         except TimeoutError:
-            outcome_name = "expired"
+            outcome_name = meter.EXPIRED
         except PortcullisError as error:
             outcome_name = error.code
             if error.internal:
                 log.info("%s refused: %s", self.subject, error)
             await self._bus.reply_error(origin, error, context, getattr(error, "rate", None) or rate)
-        except Exception as error:
+        except Exception:
             # The one catch-all of a stage: a bug is answered like any other failure, and told to the log.
             outcome_name = ErrorCode.INTERNAL
-            self.counters.last_error = type(error).__name__
             log.exception("%s failed", self.subject)
             await self._bus.reply_error(origin, PortcullisError(ErrorCode.INTERNAL), context, rate)
         finally:
-            self._in_flight.dec()
             if span and context is not None:
                 hops.handled(span, context, outcome_name)
-            self._count(outcome_name, time.perf_counter_ns() - started)
+            self.meter.count(outcome_name, time.perf_counter_ns() - started)
 
     def _begin(self, _: Msg, context: RequestContext) -> tracing.Span:
         return tracing.begin(self._span_name, tracing.CONSUMER, context.traceparent, self._span_attributes)
@@ -243,24 +258,22 @@ class _Stage(Generic[T]):
         except (UnicodeDecodeError, RecursionError):  # what msgspec lets through: bytes that are not UTF-8, endless nesting
             raise PortcullisError(ErrorCode.BAD_REQUEST, "The message could not be read.") from None
 
-    def _count(self, outcome: str, spent_ns: int) -> None:
-        self.counters.requests += 1
-        self.counters.processing_ns += spent_ns
-        if outcome != "ok":
-            self.counters.errors += 1
-            self.counters.last_error = outcome
-        telemetry.STAGE_REQUESTS.labels(self.subject, outcome).inc()
-        self._duration.observe(spent_ns / 1e9)
-
 
 class _DoorStage(_Stage[T]):
     """One subject on which clients ask themselves, without the headers that services give each other."""
 
     def __init__(
-        self, bus: Bus, subject: str, kind: type[T], handler: DoorHandler[T], queue_group: str, max_in_flight: int, seconds: float
+        self,
+        bus: Bus,
+        subject: str,
+        kind: type[T],
+        handler: DoorHandler[T],
+        queue_group: str,
+        max_in_flight: int,
+        waiting: _Waiting,
+        seconds: float,
     ) -> None:
-        super().__init__(bus, subject, kind, self._nobody, queue_group, max_in_flight)
-        self.counters.name = subject.replace(".", "-").replace("*", "KEY")  # NATS ADR-32 allows no other characters in a name
+        super().__init__(bus, subject, kind, self._nobody, queue_group, max_in_flight, waiting)
         self._door_handler = handler
         self._seconds = seconds
 
@@ -295,17 +308,19 @@ class _DoorStage(_Stage[T]):
 class _Asked:
     """One subject on which the server itself asks, in its own form. What is not answered it takes for a refusal, in time."""
 
-    def __init__(self, bus: Bus, subject: str, handler: AskedHandler, queue_group: str, max_in_flight: int) -> None:
+    def __init__(
+        self, bus: Bus, subject: str, handler: AskedHandler, queue_group: str, max_in_flight: int, waiting: _Waiting
+    ) -> None:
         self.subject = subject
-        self.counters = micro.EndpointCounters(subject.replace(".", "-").replace("$", ""), subject, queue_group)
         self.tasks: set[asyncio.Task[None]] = set()
+        self.meter = _meter(subject, queue_group, max_in_flight, self.tasks, waiting)
         self._bus = bus
         self._handler = handler
         self._max_in_flight = max_in_flight
 
     async def accept(self, message: NatsMessage) -> None:
         if len(self.tasks) >= self._max_in_flight:
-            self._count(ErrorCode.OVERLOADED, 0)
+            self.meter.count(ErrorCode.OVERLOADED, None)
             return
         task = asyncio.get_running_loop().create_task(self._run(message.raw_message))
         self.tasks.add(task)
@@ -313,7 +328,7 @@ class _Asked:
 
     async def _run(self, msg: Msg) -> None:
         started = time.perf_counter_ns()
-        outcome = "ok"
+        outcome: str = meter.OK
         try:
             answer = await self._handler(msg.data)
             if answer is None or not msg.reply:
@@ -327,15 +342,7 @@ class _Asked:
             # As in a stage: a bug must not be silent.
             outcome = ErrorCode.INTERNAL
             log.exception("%s failed", self.subject)
-        self._count(outcome, time.perf_counter_ns() - started)
-
-    def _count(self, outcome: str, spent_ns: int) -> None:
-        self.counters.requests += 1
-        self.counters.processing_ns += spent_ns
-        if outcome != "ok":
-            self.counters.errors += 1
-            self.counters.last_error = outcome
-        telemetry.STAGE_REQUESTS.labels(self.subject, outcome).inc()
+        self.meter.count(outcome, time.perf_counter_ns() - started)
 
 
 class Bus:
@@ -364,6 +371,7 @@ class Bus:
         self._draining = False
         self._micro: micro.MicroService | None = None
         self._decode_reply = msgspec.json.Decoder(Reply).decode
+        telemetry.NATS_CONNECTED.set_function(lambda: self.connected)
         security: BaseSecurity | None = None
         tls = ssl.create_default_context(cafile=settings.nats_tls_ca) if settings.nats_tls_ca else None
         if settings.nats_user is not None and settings.nats_password is not None:
@@ -419,30 +427,46 @@ class Bus:
         *,
         broadcast: bool = False,
         max_in_flight: int = 1024,
+        waiting: Callable[[], int] | None = None,
     ) -> None:
         """Handle `subject` in the service's queue group, or, with `broadcast`, in every replica.
 
-        At most `max_in_flight` messages are worked on; further ones are answered OVERLOADED at once.
+        At most `max_in_flight` messages are worked on; further ones are answered OVERLOADED at once. `waiting`: how many of those
+        that have been accepted wait in a queue of the handler's own, for whoever looks at this stage.
         """
         queue_group = "" if broadcast else self.service
-        stage = _Stage(self, subject, kind, handler, queue_group, max_in_flight)
+        delivered, subscriber = self._subscriber(subject, queue_group)
+        queued = delivered if waiting is None else lambda: delivered() + waiting()
+        stage = _Stage(self, subject, kind, handler, queue_group, max_in_flight, queued)
         self._stages.append(stage)
-        self.broker.subscriber(subject, queue=queue_group, no_reply=True)(stage.accept)
+        subscriber(stage.accept)
 
     def door(self, subject: str, kind: type[T], handler: DoorHandler[T], *, seconds: float, max_in_flight: int) -> None:
         """As `stage`, for a subject of clients (`subjects.DOOR_OPERATIONS`): they set no deadline, which is `seconds` away.
 
         Answers go to the client's own inbox and nowhere else; a message that wants its answer elsewhere is not carried out.
         """
-        stage = _DoorStage(self, subject, kind, handler, self.service, max_in_flight, seconds)
+        delivered, subscriber = self._subscriber(subject, self.service)
+        stage = _DoorStage(self, subject, kind, handler, self.service, max_in_flight, delivered, seconds)
         self._stages.append(stage)
-        self.broker.subscriber(subject, queue=self.service, no_reply=True)(stage.accept)
+        subscriber(stage.accept)
 
     def asked(self, subject: str, handler: AskedHandler, *, max_in_flight: int) -> None:
         """Answer what the NATS server asks on `subject`, in one replica, with what `handler` makes of it (None: not at all)."""
-        stage = _Asked(self, subject, handler, self.service, max_in_flight)
+        delivered, subscriber = self._subscriber(subject, self.service)
+        stage = _Asked(self, subject, handler, self.service, max_in_flight, delivered)
         self._stages.append(stage)
-        self.broker.subscriber(subject, queue=self.service, no_reply=True)(stage.accept)
+        subscriber(stage.accept)
+
+    def _subscriber(self, subject: str, queue_group: str) -> tuple[_Waiting, Callable[[Accept], object]]:
+        """How many messages have been delivered that no stage has seen yet; and what takes the function that sees them."""
+        subscriber = self.broker.subscriber(subject, queue=queue_group, no_reply=True)
+
+        def delivered() -> int:
+            subscription = subscriber.subscription
+            return subscription.pending_msgs if isinstance(subscription, Subscription) else 0
+
+        return delivered, subscriber
 
     def on_event(self, subject: str, kind: type[T], handler: Callable[[T], Awaitable[None]]) -> None:
         """Listen to a broadcast that nobody waits for an answer to. What cannot be decoded is logged and dropped."""
@@ -477,7 +501,7 @@ class Bus:
         config = ServiceConfig(
             name=f"portcullis-{self.service}".replace("_", "-"), version=VERSION, metadata=self.status.metadata
         )
-        self._micro = micro.MicroService(self.connection, config, [stage.counters for stage in self._stages])
+        self._micro = micro.MicroService(self.connection, config, [stage.meter for stage in self._stages])
         await self._micro.start()
         await self._settle()
 

@@ -5,8 +5,9 @@ Health travels in the metadata of the PING answer: `status` and the state of wha
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
 
 from nats.aio.client import Client
 from nats.micro.service import EndpointInfo, EndpointStats, Service, ServiceConfig, ServiceInfo, ServiceStats
@@ -27,19 +28,6 @@ Status = Literal["ok", "degraded", "down"]
 
 
 @dataclass(slots=True)
-class EndpointCounters:
-    """What STATS tells of one subject. `processing_ns`: nanoseconds spent, in all."""
-
-    name: str
-    subject: str
-    queue_group: str
-    requests: int = 0
-    errors: int = 0
-    processing_ns: int = 0
-    last_error: str = ""
-
-
-@dataclass(slots=True)
 class FleetStatus:
     """This process's health, as PING shows it. Values are short words; never an address or a secret."""
 
@@ -49,33 +37,27 @@ class FleetStatus:
         self.metadata[key] = value
 
 
-class MicroService(Service):
-    """nats-py's micro service with the counters of the bus in place of its own endpoints."""
+class Endpoint(Protocol):
+    """What a subject tells of itself (`libs.common.meter.StageMeter`)."""
 
-    def __init__(self, client: Client, config: ServiceConfig, counters: list[EndpointCounters]) -> None:
+    def info(self) -> EndpointInfo: ...
+
+    def stats(self) -> EndpointStats: ...
+
+
+class MicroService(Service):
+    """nats-py's micro service with the subjects of the bus in place of its own endpoints."""
+
+    def __init__(self, client: Client, config: ServiceConfig, endpoints: Sequence[Endpoint]) -> None:
         super().__init__(client, config)
-        self._counters = counters
+        self._told = endpoints
 
     def info(self) -> ServiceInfo:
         info = super().info()
-        info.endpoints = [
-            EndpointInfo(name=c.name, subject=c.subject, queue_group=c.queue_group, metadata={}) for c in self._counters
-        ]
+        info.endpoints = [endpoint.info() for endpoint in self._told]
         return info
 
     def stats(self) -> ServiceStats:
         stats = super().stats()
-        stats.endpoints = [
-            EndpointStats(
-                name=c.name,
-                subject=c.subject,
-                queue_group=c.queue_group,
-                num_requests=c.requests,
-                num_errors=c.errors,
-                processing_time=c.processing_ns,
-                average_processing_time=c.processing_ns // c.requests if c.requests else 0,
-                last_error=c.last_error,
-            )
-            for c in self._counters
-        ]
+        stats.endpoints = [endpoint.stats() for endpoint in self._told]
         return stats

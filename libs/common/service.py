@@ -13,8 +13,8 @@ from typing import TypeVar
 import nats.errors
 import uvloop
 
+from libs.common import VERSION, tasks, telemetry, trace_export
 from libs.common import settings as settings_module
-from libs.common import tasks, telemetry, trace_export
 from libs.common.bus import Bus
 from libs.common.settings import CommonSettings
 
@@ -77,7 +77,7 @@ async def _serve(service: str, settings: S, parts: Parts[S], front: Front[S]) ->
         loop.add_signal_handler(name, stop.set)
     bus = Bus(service, settings)
     telemetry.setup_logging(service, bus.instance, settings)
-    telemetry.serve_metrics(settings)
+    telemetry.BUILD.labels(VERSION).set(1)
     try:
         exporter = trace_export.start(service, bus.instance, settings)
     except ValueError as error:
@@ -91,6 +91,8 @@ async def _serve(service: str, settings: S, parts: Parts[S], front: Front[S]) ->
 
 async def _serve_on(bus: Bus, settings: S, parts: Parts[S], front: Front[S], stop: asyncio.Event) -> int:
     async with AsyncExitStack() as outside:
+        for beside in (telemetry.serve_metrics(settings), telemetry.watch_loop()):
+            outside.push_async_callback(tasks.end, asyncio.create_task(beside))
         connecting: asyncio.Task[None] = asyncio.create_task(connect(bus, settings))
         outside.push_async_callback(tasks.end, connecting)
         await asyncio.wait({connecting}, timeout=CONNECT_GRACE_SECONDS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextvars
 import logging
 import sys
@@ -9,27 +10,61 @@ import time
 from typing import Any
 
 import msgspec
-from prometheus_client import Counter, Gauge, Histogram, start_http_server
+from prometheus_client import Counter, Gauge, Histogram, disable_created_metrics, start_http_server
 
 from libs.common import tracing
 from libs.common.settings import CommonSettings
 
+log = logging.getLogger(__name__)
+
 request_id_var: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", default="")
+
+# A series more for each counter and histogram, to say when it began: Prometheus sees that by itself.
+disable_created_metrics()  # type: ignore[no-untyped-call]
+
+LATENCY_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+"""Buckets of durations that somebody waits for."""
+
+BUILD = Gauge("portcullis_build_info", "1; the version that runs.", ["version"])
+LOOP_LAG = Histogram(
+    "portcullis_event_loop_lag_seconds",
+    "How much later than due a process's event loop came to a timer: what everything in it waits.",
+    buckets=(0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5),
+)
 
 STAGE_REQUESTS = Counter(
     "portcullis_stage_requests_total", "Messages handled by a stage, by outcome (ok or an error code).", ["subject", "outcome"]
 )
 STAGE_DURATION = Histogram(
     "portcullis_stage_duration_seconds",
-    "Time from a message's arrival in a stage to its forward or reply.",
-    ["subject"],
-    buckets=(0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10),
+    "Time from a message's arrival in a stage to its forward or reply, by result (ok, refused: 4xx, failed: 5xx).",
+    ["subject", "result"],
+    buckets=LATENCY_SECONDS,
 )
 STAGE_IN_FLIGHT = Gauge("portcullis_stage_in_flight", "Messages that a stage is working on.", ["subject"])
+STAGE_LIMIT = Gauge("portcullis_stage_in_flight_limit", "Messages that a stage works on at most; more are refused.", ["subject"])
+STAGE_QUEUED = Gauge("portcullis_stage_queued", "Messages that have come to a stage and that nobody works on yet.", ["subject"])
+
+NATS_CONNECTED = Gauge("portcullis_nats_connected", "1 while this process is connected to NATS.")
 NATS_EVENTS = Counter(
     "portcullis_nats_events_total", "Trouble on the NATS connection: disconnected, slow_consumer, error.", ["event"]
 )
+for _event in ("disconnected", "slow_consumer", "error"):
+    NATS_EVENTS.labels(_event)  # shown from the start: what appears with its first event has no increase to alert on
 RESENT = Counter("portcullis_requests_resent_total", "Requests sent again because a process that may have had them died.")
+
+STORE_UP = Gauge("portcullis_store_up", "1 while a process's store (postgres of auth, redis of limiter) answers.", ["store"])
+CONNECTIONS = Gauge("portcullis_pool_connections_in_use", "Connections in use of a pool: postgres, redis, engine.", ["pool"])
+CONNECTIONS_LIMIT = Gauge("portcullis_pool_connections_limit", "Connections that a pool may have.", ["pool"])
+
+LAG_EVERY_SECONDS = 0.5
+METRICS_RETRY_SECONDS = 5.0
+
+
+def exemplar() -> dict[str, str] | None:
+    """What leads from an observation to the trace of the present work, where that trace is kept."""
+    trace_id = tracing.current_trace_id()
+    return None if trace_id is None else {"trace_id": trace_id}
 
 
 class _JsonFormatter(logging.Formatter):
@@ -69,7 +104,28 @@ def setup_logging(service: str, instance: str, settings: CommonSettings) -> None
     logging.basicConfig(level=settings.log_level, handlers=[handler], force=True)
 
 
-def serve_metrics(settings: CommonSettings) -> None:
-    """Serve /metrics of this process on its own port, if one is configured."""
-    if settings.metrics_port:
-        start_http_server(settings.metrics_port, addr=settings.metrics_host)
+async def serve_metrics(settings: CommonSettings) -> None:
+    """Serve /metrics of this process on its own port, if one is configured.
+
+    A port that is taken is tried again for ever: that nobody can look must not keep a service from its work.
+    """
+    waiting = False
+    while settings.metrics_port:
+        try:
+            start_http_server(settings.metrics_port, addr=settings.metrics_host)
+        except OSError as error:
+            if not waiting:
+                log.warning("metrics are not served on %s:%d yet: %s", settings.metrics_host, settings.metrics_port, error)
+            waiting = True
+            await asyncio.sleep(METRICS_RETRY_SECONDS)
+        else:
+            return
+
+
+async def watch_loop() -> None:
+    """Measure for ever how late the event loop is."""
+    loop = asyncio.get_running_loop()
+    while True:
+        due = loop.time() + LAG_EVERY_SECONDS
+        await asyncio.sleep(LAG_EVERY_SECONDS)
+        LOOP_LAG.observe(max(0.0, loop.time() - due))

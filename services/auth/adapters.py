@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
@@ -13,20 +14,36 @@ from typing import Any, Final, cast
 
 import asyncpg  # type: ignore[import-untyped]  # it ships no types
 import sqlalchemy.exc
-from sqlalchemy import ARRAY, URL, BigInteger, Date, DateTime, String, bindparam, delete, func, make_url, text, tuple_, update
+from sqlalchemy import (
+    ARRAY,
+    URL,
+    BigInteger,
+    Date,
+    DateTime,
+    String,
+    bindparam,
+    delete,
+    event,
+    func,
+    make_url,
+    text,
+    tuple_,
+    update,
+)
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 from sqlalchemy.pool import AsyncAdaptedQueuePool, NullPool
 from sqlmodel import col, select
 from sqlmodel.ext.asyncio.session import AsyncSession
 
-from libs.common import tracing
+from libs.common import telemetry, tracing
 from libs.common.bus import Bus
 from libs.common.clock import Clock
 from libs.common.contracts import DayUsage, KeyChanged, Scope
 from libs.common.errors import PortcullisError
 from libs.common.service import ConfigurationError
 from libs.common.subjects import EVENT_KEY_CHANGED, USAGE_STREAM
+from services.auth import metrics
 from services.auth.cache import STALE_SECONDS, KeyCache
 from services.auth.core import KeyChanges, Position, StoredKey, StoreRefusesError, StoreUnavailableError, Usage, UsageBatch
 from services.auth.models import ApiKey, KeyDay, KeyTotals, UsagePosition
@@ -42,6 +59,7 @@ OPERATION_TIMEOUT_SECONDS: Final = 5.0
 CHECK_TIMEOUT_SECONDS: Final = 0.5
 MIGRATION_TIMEOUT_SECONDS: Final = 300.0
 _POSTGRES: Final = (("db.system.name", "postgresql"),)
+_BEGAN: Final = "portcullis.began"
 USAGE_LOCK: Final = 0x706F_7274_7573_6167
 """Key of the advisory lock of the replica that counts usage: "portusag"."""
 
@@ -73,7 +91,7 @@ def make_engine(url: URL, *, pool_size: int | None, statement_timeout_seconds: f
             "pool_timeout": POOL_TIMEOUT_SECONDS,
             "pool_pre_ping": True,
         }
-    return create_async_engine(
+    engine = create_async_engine(
         url,
         **pool,
         connect_args={
@@ -94,6 +112,26 @@ def make_engine(url: URL, *, pool_size: int | None, statement_timeout_seconds: f
             },
         },
     )
+    _measure(engine)
+    return engine
+
+
+def watch_pool(engine: AsyncEngine, name: str, size: int) -> None:
+    """Show how many of an engine's connections are in use, as the pool `name`."""
+    pool = cast(AsyncAdaptedQueuePool, engine.pool)
+    telemetry.CONNECTIONS.labels(name).set_function(pool.checkedout)
+    telemetry.CONNECTIONS_LIMIT.labels(name).set(size)
+
+
+def _measure(engine: AsyncEngine) -> None:
+    def begin(connection: Any, *_: Any) -> None:
+        connection.info[_BEGAN] = time.perf_counter()
+
+    def end(connection: Any, *_: Any) -> None:
+        metrics.POSTGRES_DURATION.observe(time.perf_counter() - connection.info.pop(_BEGAN))
+
+    event.listen(engine.sync_engine, "before_cursor_execute", begin)
+    event.listen(engine.sync_engine, "after_cursor_execute", end)
 
 
 # SQLSTATEs that tell of the connection rather than of the statement: classes 08 (connection), 53 (insufficient resources), 57

@@ -28,8 +28,8 @@ from libs.common.contracts import (
     TakeRequest,
 )
 from libs.common.service import ConfigurationError
-from services.auth import handlers
-from services.auth.adapters import BusAnnouncer, PostgresCheck, PostgresKeys, PostgresLedgers, engine_url, make_engine
+from services.auth import handlers, metrics
+from services.auth.adapters import BusAnnouncer, PostgresCheck, PostgresKeys, PostgresLedgers, engine_url, make_engine, watch_pool
 from services.auth.cache import Authenticator, KeyCache
 from services.auth.connections import BusConnections
 from services.auth.core import Caps, StoreRefusesError, StoreUnavailableError
@@ -49,6 +49,9 @@ START_RETRY_SECONDS = 0.2
 CALLS_IN_FLIGHT = 128
 """Of each call on keys: they wait for one of a few connections to PostgreSQL."""
 
+OWN_POOL_SIZE = 2
+"""Connections for the health check and the count of usage, which must not wait behind calls."""
+
 JOB_CALLS_IN_FLIGHT = 64
 """Some hold up to 2 MB of texts."""
 
@@ -61,8 +64,10 @@ async def parts(bus: Bus, settings: AuthSettings) -> AsyncIterator[None]:
     async with AsyncExitStack() as stack:
         engine = make_engine(url, pool_size=settings.database_pool_size)
         stack.push_async_callback(engine.dispose)
-        own_engine = make_engine(url, pool_size=2)
+        watch_pool(engine, "postgres", settings.database_pool_size)
+        own_engine = make_engine(url, pool_size=OWN_POOL_SIZE)
         stack.push_async_callback(own_engine.dispose)
+        watch_pool(own_engine, "postgres_background", OWN_POOL_SIZE)
 
         clock = bus.clock
         health = StoreHealth(bus.status, clock)
@@ -75,6 +80,7 @@ async def parts(bus: Bus, settings: AuthSettings) -> AsyncIterator[None]:
             is_up=health.is_up,
         )
         stack.push_async_callback(cache.close)
+        metrics.CACHE_ENTRIES.set_function(cache.__len__)
         pepper = settings.key_pepper.get_secret_value().encode()
         authenticator = Authenticator(cache, clock, pepper)
         announcer = BusAnnouncer(bus, cache, clock)

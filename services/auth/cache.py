@@ -12,6 +12,7 @@ from libs.common import tasks, tracing
 from libs.common.clock import Clock
 from libs.common.contracts import Credential, Principal
 from libs.common.errors import ErrorCode, PortcullisError
+from services.auth import metrics
 from services.auth.core import Match, StoredKey, StoreUnavailableError, VerifiableKey, is_key_id, verifier_of
 
 Find = Callable[[Sequence[str]], Awaitable[dict[str, StoredKey]]]
@@ -94,14 +95,15 @@ class KeyCache:
         age = self._clock.monotonic() - entry.read_at
         if max_age_seconds is not None:
             if age <= max_age_seconds:
+                metrics.HIT.inc()
                 return entry.key
             if not self._is_up():
                 raise StoreUnavailableError("PostgreSQL is away and the secret is not known")
             return await self._read(key_id, LOOKUP_TIMEOUT_SECONDS)
-        if age <= self._refresh_after:
-            return entry.key
         if age <= self._ttl:
-            self._refresh(key_id)
+            metrics.HIT.inc()
+            if age > self._refresh_after:
+                self._refresh(key_id)
             return entry.key
         return await self._get_old(entry, key_id, age)
 
@@ -130,6 +132,7 @@ class KeyCache:
         up = self._is_up()
         if found_at is not None:
             if up and self._clock.monotonic() - found_at <= UNKNOWN_TTL_SECONDS:
+                metrics.UNKNOWN.inc()
                 return None
             del self._unknown[key_id]
         if not up:
@@ -139,12 +142,14 @@ class KeyCache:
     async def _get_old(self, entry: _Entry, key_id: str, age: float) -> VerifiableKey | None:
         usable = age <= STALE_SECONDS
         if usable and (not self._is_up() or self._recently_failed()):
+            metrics.STALE.inc()
             self._refresh(key_id)
             return entry.key
         try:
             return await self._read(key_id, PATIENCE_SECONDS if usable else LOOKUP_TIMEOUT_SECONDS)
         except StoreUnavailableError:
             if usable and self._known.get(key_id) is entry:
+                metrics.STALE.inc()
                 return entry.key
             raise
 
@@ -164,6 +169,7 @@ class KeyCache:
                         # Shielded: the flight belongs to everybody who waits for this key.
                         key = await asyncio.shield(flight.outcome)
                         if not flight.overtaken:
+                            metrics.READ.inc()
                             return key
             except TimeoutError:
                 raise StoreUnavailableError("PostgreSQL did not answer in time") from None

@@ -19,7 +19,7 @@ from libs.common.clock import Clock
 from libs.common.contracts import Credential
 from libs.common.errors import ErrorCode, PortcullisError
 from libs.common.subjects import client_user, door_permissions
-from services.auth import core
+from services.auth import core, metrics
 from services.auth.cache import Authenticator
 from services.auth.tokens import BadTokenError, ConnectRequest, Issuer
 
@@ -93,13 +93,17 @@ class Door:
             log.warning("a request of the auth callout is passed over: %s", error)
             return None
         try:
-            return await self._admit(request)
+            admitted = await self._admit(request)
         except PortcullisError as error:
+            metrics.DOOR.labels(error.code).inc()
             log.info("a connection is refused: %s %s", error.code, error.internal)
             return self._issuer.refuse(request, error.code, self._clock.now())
         except ConnectionsUnavailableError as error:
+            metrics.DOOR.labels(ErrorCode.STAGE_UNAVAILABLE).inc()
             log.warning("a connection is refused, since its key's connections cannot be counted: %s", error)
             return self._issuer.refuse(request, ErrorCode.STAGE_UNAVAILABLE, self._clock.now())
+        metrics.DOOR_ADMITTED.inc()
+        return admitted
 
     async def _admit(self, request: ConnectRequest) -> bytes:
         parsed = keys.parse(request.secret)

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Awaitable, Callable
 from typing import Final
 
+from libs.common import telemetry
 from libs.common.clock import Clock
 from libs.common.micro import STATUS, STORE_POSTGRES, FleetStatus
 from services.auth.cache import STALE_SECONDS
@@ -37,6 +38,7 @@ class StoreHealth:
         if up != self.up:
             log.log(logging.INFO if up else logging.WARNING, "PostgreSQL is %s", "back" if up else "away")
         self.up = up
+        telemetry.STORE_UP.labels("postgres").set(up)
         if up:
             self._up_at = now
         self._status.set(STORE_POSTGRES, "up" if up else "down")

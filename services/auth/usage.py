@@ -8,20 +8,17 @@ from datetime import date, timedelta
 from typing import Final
 
 import msgspec
-from prometheus_client import Counter
 
 from libs.common.clock import Clock
 from libs.common.contracts import UsageRecorded
 from services.auth.core import Position, StoreUnavailableError, UsageBatch, add_up, is_sane, lost_events, resume, utc
+from services.auth.metrics import COUNTED, LOST, SKIPPED
 from services.auth.ports import PositionMovedError, StreamError, UsageLedger, UsageLedgers, UsageStream
 
 log = logging.getLogger(__name__)
 
 RETRY_SECONDS: Final = 1.0
 """How often a replica that does not count asks whether it should."""
-
-EVENTS = Counter("portcullis_usage_events_read_total", "Usage events read, by what became of them.", ["outcome"])
-COUNTED, SKIPPED, LOST = (EVENTS.labels(outcome) for outcome in ("counted", "skipped", "lost"))
 
 _decode = msgspec.json.Decoder(UsageRecorded).decode
 

@@ -197,6 +197,8 @@ class BreakerNews:
     def begin(self, name: str) -> None:
         """Show a new breaker in the metrics before anything has changed."""
         BREAKER_STATE.labels(name).set(_LEVELS["closed"])
+        for after in _LEVELS:
+            BREAKER_CHANGES.labels(name, after)
 
     def tell(self, change: BreakerChange) -> None:
         log.warning("breaker %s: %s -> %s (%s)", change.name, change.before, change.after, change.reason)

@@ -100,7 +100,9 @@ def _bulk(bus: Bus, guarded: GuardedEngine, settings: DetectorProxySettings) -> 
     """The engine of `guarded`, with the same breaker, for many texts: behind a bulkhead that single texts do not share."""
     engine = guarded.engine
     if isinstance(engine, PoolEngine):
-        return AllAtOnce(GuardedEngine(guarded.role, engine, guarded.breaker, max_concurrency=BATCH_IN_FLIGHT), engine)
+        return AllAtOnce(
+            GuardedEngine(guarded.role, engine, guarded.breaker, max_concurrency=BATCH_IN_FLIGHT, lane="bulk"), engine
+        )
     places = settings.engine_batch_concurrency
     alone = GuardedEngine(
         guarded.role,
@@ -109,5 +111,6 @@ def _bulk(bus: Bus, guarded: GuardedEngine, settings: DetectorProxySettings) -> 
         max_concurrency=places,
         timeout_seconds=settings.engine_timeout_seconds,
         one_of_many=True,
+        lane="bulk",
     )
     return OneByOne(alone, bus.clock, places)

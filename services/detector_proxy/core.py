@@ -14,13 +14,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
-from libs.common import tracing
+from libs.common import telemetry, tracing
 from libs.common.clock import Clock
 from libs.common.context import RequestContext
 from libs.common.contracts import DetectPayload, ThreatType, Verdict
 from libs.common.errors import ErrorCode, PortcullisError
 from services.detector_proxy.breaker import CircuitBreakerError, EngineBreaker
-from services.detector_proxy.metrics import ENGINE_CALLS, ENGINE_DURATION
+from services.detector_proxy.metrics import ENGINE_CALLS, ENGINE_DURATION, ENGINE_IN_FLIGHT, ENGINE_LIMIT
 from services.detector_proxy.ports import BulkEngine, Engine, EngineError, EngineResult, Outcome
 
 T = TypeVar("T")
@@ -55,8 +55,12 @@ class GuardedEngine:
         max_concurrency: int,
         timeout_seconds: float = math.inf,
         one_of_many: bool = False,
+        lane: str = "single",
     ) -> None:
-        """`one_of_many`: it is called once for each text of many; only calls that fail or are slow have a span then."""
+        """`one_of_many`: it is called once for each text of many; only calls that fail or are slow have a span then.
+
+        `lane`, for the metrics: `single` texts or `bulk`.
+        """
         self.role = role
         self.engine = engine
         self.breaker = breaker
@@ -66,7 +70,9 @@ class GuardedEngine:
         self._span_attributes: tracing.Attributes = (("portcullis.engine.role", role), ("portcullis.engine.name", engine.name))
         self._running = 0
         self._succeeded = ENGINE_CALLS.labels(role, "ok")
-        self._duration = ENGINE_DURATION.labels(role)
+        self._durations = {result: ENGINE_DURATION.labels(role, result) for result in ("ok", "failed")}
+        ENGINE_IN_FLIGHT.labels(role, lane).set_function(lambda: self._running)
+        ENGINE_LIMIT.labels(role, lane).set(max_concurrency)
 
     async def detect(self, payload: DetectPayload, context: RequestContext, allotted_seconds: float) -> EngineResult:
         """Ask the engine, for at most `allotted_seconds` and at most its own timeout. Raises `EngineError`."""
@@ -103,7 +109,6 @@ class GuardedEngine:
         if timeout_seconds <= 0:
             raise EngineError("no_time", counts=False)
         self._running += 1
-        started = time.perf_counter()
         try:
             with self.breaker.admit():
                 return await self._ask(ask, timeout_seconds)
@@ -111,15 +116,19 @@ class GuardedEngine:
             raise EngineError("breaker_open", counts=False) from None
         finally:
             self._running -= 1
-            self._duration.observe(time.perf_counter() - started)
 
     async def _ask(self, ask: Callable[[float], Awaitable[T]], timeout_seconds: float) -> T:
+        started, result = time.perf_counter(), "failed"
         try:
             async with asyncio.timeout(timeout_seconds):
-                return await ask(timeout_seconds)
+                answer = await ask(timeout_seconds)
+            result = "ok"
+            return answer
         except TimeoutError:
             # A caller in a hurry must not be able to open the breaker for everybody: less time than configured proves nothing.
             raise EngineError("timeout", counts=timeout_seconds >= self._timeout_seconds) from None
+        finally:
+            self._durations[result].observe(time.perf_counter() - started, telemetry.exemplar())
 
 
 class Bulk(Protocol):

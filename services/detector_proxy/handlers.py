@@ -27,6 +27,7 @@ from libs.common.contracts import (
 from libs.common.errors import ErrorCode, PortcullisError
 from services.detector_proxy.breaker import EngineBreaker
 from services.detector_proxy.core import BulkJudge, Judge
+from services.detector_proxy.metrics import count_verdict
 from services.detector_proxy.ports import UsageLog
 
 Breakers = Mapping[str, EngineBreaker]
@@ -55,6 +56,7 @@ async def detect(message: AdmittedDetect, context: RequestContext, judge: Judge,
         verdict = msgspec.structs.replace(verdict, degraded=True)
     tracing.annotate("portcullis.is_malicious", verdict.is_malicious)
     tracing.annotate("portcullis.degraded", verdict.degraded)
+    count_verdict(verdict)
     return Answer(verdict, rate=message.rate)
 
 
@@ -86,6 +88,7 @@ def _item(outcome: Verdict | PortcullisError, rate_degraded: bool) -> ItemResult
         return ItemResult(error=ErrorBody(code=outcome.code, detail=outcome.detail, retry_after=outcome.retry_after))
     if rate_degraded and not outcome.degraded:
         outcome = msgspec.structs.replace(outcome, degraded=True)
+    count_verdict(outcome)
     return ItemResult(verdict=outcome)
 
 

@@ -20,7 +20,6 @@ from typing import Any, Protocol
 
 import msgspec
 from fastapi import Request, Response
-from prometheus_client import Counter, Gauge
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
@@ -42,15 +41,13 @@ from services.edge import core, items, problems
 from services.edge.bodies import Bodies
 from services.edge.gate import Call, Gate, call_of
 from services.edge.items import Entry, Lines, Pace, Tally
+from services.edge.metrics import BATCH_ITEMS, BATCHES
 from services.edge.peer import Peer, peer_of
 from services.edge.ports import Answered, Stages
 from services.edge.replies import Refused, decoded
 from services.edge.schemas import BatchLine, DetectConfig
 
 log = logging.getLogger(__name__)
-
-BATCHES = Gauge("portcullis_batches_in_flight", "Batches that are being answered.")
-ITEMS = Counter("portcullis_batch_items_total", "Items of batches answered, by outcome (ok or an error code).", ["outcome"])
 
 PAUSE_SECONDS = (0.05, 1.0)
 """The first and the longest pause before a message is sent again that found no room or nobody there."""
@@ -435,7 +432,7 @@ class Run:
         pieces = []
         for line in lines:
             self._tally.count(line)
-            ITEMS.labels("ok" if isinstance(line.error, msgspec.UnsetType) else line.error.code).inc()
+            BATCH_ITEMS.labels("ok" if isinstance(line.error, msgspec.UnsetType) else line.error.code).inc()
             kind, encoded = items.encode_line(line)
             if self._in_order:
                 self._held.append((line.index, encoded))

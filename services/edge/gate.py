@@ -13,7 +13,6 @@ from collections.abc import MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
-from prometheus_client import Counter, Gauge, Histogram
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -22,18 +21,10 @@ from libs.common.clock import Clock
 from libs.common.context import REQUEST_ID_PATTERN, TRACEPARENT_PATTERN, new_request_id, new_traceparent
 from libs.common.errors import ErrorCode, PortcullisError
 from services.edge import core, problems
+from services.edge.metrics import DURATION, IN_FLIGHT, IN_FLIGHT_LIMIT, REQUESTS, status_class
 from services.edge.settings import EdgeSettings
 
 log = logging.getLogger(__name__)
-
-REQUESTS = Counter("portcullis_http_requests_total", "Requests answered, by route and status.", ["method", "route", "status"])
-DURATION = Histogram(
-    "portcullis_http_request_duration_seconds",
-    "Time from a request's headers to the end of its answer.",
-    ["route"],
-    buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10),
-)
-IN_FLIGHT = Gauge("portcullis_http_in_flight", "Calls that the edge is working on.")
 
 MAX_HEADERS = 100
 _UNMATCHED = "unmatched"
@@ -77,6 +68,7 @@ class Gate:
         self._allowed_hosts = settings.allowed_host_names
         self._max_header_bytes = settings.max_header_bytes
         self._max_in_flight = settings.edge_max_in_flight
+        IN_FLIGHT_LIMIT.set(self._max_in_flight)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -136,7 +128,7 @@ class Gate:
             if span:
                 _end(span, call, method, route, status)
             REQUESTS.labels(method, route, status).inc()
-            DURATION.labels(route).observe(self._clock.monotonic() - arrived)
+            DURATION.labels(route, status_class(status)).observe(self._clock.monotonic() - arrived, telemetry.exemplar())
 
     def _refusal(self, scope: Scope, headers: dict[bytes, bytes], counted: bool) -> PortcullisError | None:
         raw: list[tuple[bytes, bytes]] = scope["headers"]

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import msgspec
 from fastapi import Request, Response
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST
 
 from libs.common import subjects, tracing
 from libs.common.context import RequestContext
@@ -36,6 +36,7 @@ from libs.common.errors import ErrorCode, PortcullisError
 from services.edge import core, health, problems
 from services.edge.bodies import Bodies
 from services.edge.gate import Call, Gate, call_of
+from services.edge.metrics import PublicPage
 from services.edge.ports import Answered, Stages
 from services.edge.replies import Refused, decoded
 from services.edge.schemas import (
@@ -96,6 +97,7 @@ class Handlers:
         self._bodies = bodies
         self._monitor = monitor
         self._longest_seconds = request_timeout_seconds
+        self._public_metrics = PublicPage()
 
     # --- detection -------------------------------------------------------------------------------------------------------
 
@@ -315,8 +317,9 @@ class Handlers:
         return _json(ReadyAnswer(status="ready", missing=()))
 
     async def metrics(self, _: Request) -> Response:
-        """This process's metrics in Prometheus' text format."""
-        return Response(generate_latest(), headers={"content-type": CONTENT_TYPE_LATEST})
+        """What anybody may see of this process's metrics, in Prometheus' text format."""
+        page = self._public_metrics.render(self._stages.clock.monotonic())
+        return Response(page, headers={"content-type": CONTENT_TYPE_LATEST})
 
     # --- what they share -------------------------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from libs.common.contracts import ModelItems, ModelRequest
 from libs.common.micro import MODEL_NAME, POOL
 from libs.common.service import ConfigurationError, run
 from libs.common.subjects import model_pool, model_pool_batch
-from services.fallback_model import handlers, processors
+from services.fallback_model import handlers, metrics, processors
 from services.fallback_model.batcher import Batcher, Limits
 from services.fallback_model.detector import Detector, Model
 from services.fallback_model.engine import ModelError
@@ -50,7 +50,7 @@ async def load_detector(settings: FallbackModelSettings) -> Detector:
     return Detector(
         model,
         lambda loaded: Batcher(list(loaded.sessions), limits, SystemClock()),
-        lambda loaded: Batcher(list(loaded.sessions), bulk_limits, SystemClock(), begin_thread=processors.give_way),
+        lambda loaded: Batcher(list(loaded.sessions), bulk_limits, SystemClock(), begin_thread=processors.give_way, lane="bulk"),
         _PREPARING_THREADS,
     )
 
@@ -62,16 +62,21 @@ async def parts(bus: Bus, settings: FallbackModelSettings) -> AsyncIterator[None
         slot = Slot(await load_detector(settings))
     except ModelError as error:
         raise ConfigurationError(f"{error}; set PORTCULLIS_MODEL_DIR to a model directory") from None
-    bus.status.set(MODEL_NAME, slot.detector.model.card.name)
     bus.status.set(POOL, settings.model_pool)
+    _show(bus, slot, settings)
     bus.stage(
-        model_pool(settings.model_pool), ModelRequest, functools.partial(handlers.detect, slot=slot), max_in_flight=_MAX_IN_FLIGHT
+        model_pool(settings.model_pool),
+        ModelRequest,
+        functools.partial(handlers.detect, slot=slot),
+        max_in_flight=_MAX_IN_FLIGHT,
+        waiting=lambda: slot.detector.waiting,
     )
     bus.stage(
         model_pool_batch(settings.model_pool),
         ModelItems,
         functools.partial(handlers.detect_many, slot=slot),
         max_in_flight=_MAX_BULK_IN_FLIGHT,
+        waiting=lambda: slot.detector.waiting_bulk,
     )
     reloads: set[asyncio.Task[None]] = set()
 
@@ -95,10 +100,21 @@ async def _reload(bus: Bus, slot: Slot, settings: FallbackModelSettings) -> None
     try:
         detector = await load_detector(settings)
     except ModelError as error:
+        metrics.NOT_RELOADED.inc()
         log.error("the model was not exchanged: %s", error)
         return
     await slot.swap(detector)
-    bus.status.set(MODEL_NAME, detector.model.card.name)
+    metrics.RELOADED.inc()
+    _show(bus, slot, settings)
+
+
+def _show(bus: Bus, slot: Slot, settings: FallbackModelSettings) -> None:
+    """Tell the fleet and the metrics which model is in use."""
+    model = slot.detector.model
+    bus.status.set(MODEL_NAME, model.card.name)
+    metrics.MODEL.clear()
+    metrics.MODEL.labels(model.card.name, settings.model_pool).set(1)
+    metrics.SESSIONS.set(len(model.sessions))
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ time only. The queue is bounded in tokens: when it is full, `Busy` is raised at 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +19,7 @@ import numpy as np
 
 from libs.common import tracing
 from services.fallback_model.engine import Scores
+from services.fallback_model.metrics import LaneMetrics
 from services.fallback_model.windows import Ids
 
 _FOR_A_SESSION: Final = (("portcullis.queue", "model"),)
@@ -67,6 +69,7 @@ class _Request:
     """When its first window left the queue."""
     batch_rows: int = 0
     """Of the batch that its first window was in."""
+    begun: bool = False
 
 
 @dataclass(eq=False)
@@ -88,14 +91,17 @@ class Batcher:
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
         *,
         begin_thread: Callable[[], None] | None = None,
+        lane: str = "single",
     ) -> None:
-        """`begin_thread` is called first in each thread that runs batches."""
+        """`begin_thread` is called first in each thread that runs batches. `lane`: for the metrics, see there."""
         self._limits = limits
         self._clock = clock
         self._sleep = sleep
         self._urgent: deque[_Item] = deque()
         self._patient: deque[_Item] = deque()
         self._queued_tokens = 0
+        self._waiting_requests = 0
+        self._metrics = LaneMetrics(lane, limits.queue_tokens, lambda: self._queued_tokens)
         self._work = asyncio.Event()
         self._closing = False
         self._patient_turn = False
@@ -107,9 +113,15 @@ class Batcher:
         """Tokens of the windows that wait."""
         return self._queued_tokens
 
+    @property
+    def waiting_requests(self) -> int:
+        """Requests of which no window has been put into a batch yet."""
+        return self._waiting_requests
+
     def check(self) -> None:
         """Raises `Busy` when a request would be refused now."""
         if self._closing or self._queued_tokens >= self._limits.queue_tokens:
+            self._metrics.refused.inc()
             raise Busy
 
     async def score(self, rows: list[Ids], *, urgent: bool = True) -> Scores:
@@ -124,6 +136,7 @@ class Batcher:
         queue = self._urgent if urgent else self._patient
         queue.extend(_Item(request, index, ids, now) for index, ids in enumerate(rows))
         self._queued_tokens += sum(map(len, rows))
+        self._waiting_requests += 1
         self._work.set()
         try:
             return await request.done
@@ -165,13 +178,15 @@ class Batcher:
             if not batch:
                 continue
             self._note_begin(batch)
+            self._metrics.began([len(item.ids) for item in batch], self._clock.monotonic() - min(item.since for item in batch))
             try:
-                scores = await loop.run_in_executor(self._threads, runner.run, [item.ids for item in batch])
+                scores, seconds = await loop.run_in_executor(self._threads, _run, runner, [item.ids for item in batch])
             except Exception as error:  # noqa: BLE001  # handed to those who asked, whatever it is; the worker goes on
                 for item in batch:
                     if not item.request.done.done():
                         item.request.done.set_exception(error)
                 continue
+            self._metrics.scored(seconds)
             self._deliver(batch, scores)
 
     def _note_begin(self, batch: list[_Item]) -> None:
@@ -198,7 +213,7 @@ class Batcher:
             for _ in range(min(_LOOK_AHEAD, len(source))):
                 item = source.popleft()
                 if item.request.done.done():  # cancelled or failed: nobody waits for it
-                    self._queued_tokens -= len(item.ids)
+                    self._take_off(item)
                     continue
                 length = len(item.ids)
                 new_longest, new_shortest = max(longest, length), min(shortest or length, length)
@@ -208,10 +223,16 @@ class Batcher:
                     continue
                 batch.append(item)
                 longest, shortest = new_longest, new_shortest
-                self._queued_tokens -= length
+                self._take_off(item)
             source.extendleft(reversed(passed))
             passed.clear()
         return batch
+
+    def _take_off(self, item: _Item) -> None:
+        self._queued_tokens -= len(item.ids)
+        if not item.request.begun:
+            item.request.begun = True
+            self._waiting_requests -= 1
 
     def _deliver(self, batch: list[_Item], scores: Scores) -> None:
         for index, item in enumerate(batch):
@@ -225,3 +246,10 @@ class Batcher:
             request.left -= 1
             if request.left == 0:
                 request.done.set_result(Scores(request.logits, request.threats))
+
+
+def _run(runner: Runner, rows: list[Ids]) -> tuple[Scores, float]:
+    """Scores, and the seconds that they took: measured in the thread, without the way there."""
+    began = time.perf_counter()
+    scores = runner.run(rows)
+    return scores, time.perf_counter() - began

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from tokenizers import Encoding
 
 from libs.common import tracing
-from services.fallback_model import characters
+from services.fallback_model import characters, metrics
 from services.fallback_model.batcher import Batcher
 from services.fallback_model.engine import ModelCard, ModelError, Scores, Session, load_tokenizer, read_card
 from services.fallback_model.labels import THREATS, ThreatName
@@ -339,11 +339,14 @@ class Detector:
         ready = time.perf_counter()
         tracing.record("queue", prepared.began - began, ago=ready - prepared.began, own=_FOR_A_THREAD)
         tracing.record("tokenize", ready - prepared.began, own=(("portcullis.normalise_ms", prepared.timings["normalise"]),))
+        metrics.NORMALISE.observe(prepared.timings["normalise"] / 1000)
+        metrics.TOKENISE.observe(prepared.timings["tokenise"] / 1000)
         # A long document waits for its turn: its hundreds of windows would hold up every short text.
         urgent = len(prepared.rows) <= MOST_URGENT_WINDOWS
         scores = await batcher.score(prepared.rows, urgent=urgent)
         scored = time.perf_counter()
         detection = self.model.judge(prepared, scores)
+        metrics.count_text(bulk=bulk, truncated=detection.coverage.truncated)
         if not detailed:
             return detection
         logits: list[float] = []
@@ -357,6 +360,15 @@ class Detector:
         if rows:
             timings["narrow"] = _ms(scored, time.perf_counter())
         return self.model.explain(detection, prepared, scores, logits, sentences, timings)
+
+    @property
+    def waiting(self) -> int:
+        """Single texts that wait for their first batch."""
+        return self._single.batcher.waiting_requests
+
+    @property
+    def waiting_bulk(self) -> int:
+        return self._bulk.batcher.waiting_requests
 
     async def close(self) -> None:
         """Finishes what was accepted, then frees the threads. Call it after the last `detect` was started."""

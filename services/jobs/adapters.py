@@ -33,6 +33,7 @@ from libs.common.contracts import (
 )
 from libs.common.errors import ErrorCode, PortcullisError
 from libs.common.subjects import JOB_BUCKET, JOB_DEAD_STREAM, JOB_HOOKS_STREAM, JOB_ITEMS_STREAM, JOB_RESULTS_STREAM, job_subject
+from services.jobs import metrics
 from services.jobs.core import JobRecord, Outcome, Queue, code_of, outcome_of
 from services.jobs.ports import Kept, RecordMovedError
 from services.jobs.settings import Settings
@@ -40,6 +41,7 @@ from services.jobs.settings import Settings
 log = logging.getLogger(__name__)
 
 API_TIMEOUT_SECONDS: Final = 5.0
+MEASURE_SECONDS: Final = 10.0
 READER_LIFE_SECONDS: Final = 30.0
 """How long the server keeps a consumer that somebody has died with."""
 TAKE_TIMEOUT_SECONDS: Final = 5.0
@@ -156,6 +158,22 @@ class JetStream:
                     max_ack_pending=64,
                 ),
             )
+
+    async def measure(self) -> None:
+        """Show what the streams hold, and may hold."""
+        with translated("looking at the streams"):
+            for configuration in stream_configurations(self.settings):
+                assert configuration.name is not None
+                info = await self.api.stream_info(configuration.name)
+                metrics.STREAM_BYTES.labels(configuration.name).set(info.state.bytes)
+                metrics.STREAM_LIMIT.labels(configuration.name).set(info.config.max_bytes or 0)
+
+    async def keep_measuring(self) -> None:
+        """For ever."""
+        while True:
+            with suppress(PortcullisError):  # it cannot be asked now; others say so
+                await self.measure()
+            await asyncio.sleep(MEASURE_SECONDS)
 
     async def bucket(self) -> KeyValue:
         if self._bucket is None:

@@ -72,6 +72,7 @@ async def parts(bus: Bus, settings: Settings) -> AsyncIterator[None]:
     async with AsyncExitStack() as stack:
         sender = await stack.enter_async_context(webhooks.sending(settings))
         deliverer = webhooks.Deliverer(webhooks.JetStreamHooks(stream), records, sender, bus.clock, settings.webhook_attempts)
+        stack.push_async_callback(tasks.end, asyncio.create_task(stream.keep_measuring()))
         running, delivering = asyncio.create_task(runner.run()), asyncio.create_task(deliverer.run())
         stack.push_async_callback(tasks.end, running)
         stack.push_async_callback(tasks.end, delivering)

@@ -30,7 +30,7 @@ from libs.common.contracts import (
     encode,
 )
 from libs.common.errors import ErrorCode, PortcullisError
-from services.jobs import core
+from services.jobs import core, metrics
 from services.jobs.core import JobRecord
 from services.jobs.ports import Kept, Queues, RecordMovedError, Records, Results
 
@@ -240,6 +240,8 @@ class Desk:
 
         record = await self._change(kept, cancelled)
         if record.state == "cancelled":
+            if not kept.record.over:
+                metrics.ENDED.labels(record.state).inc()
             await self._queues.close(record.key_id, record.job_id)
         return self._status(await self._late(record))
 

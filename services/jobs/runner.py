@@ -15,24 +15,17 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
-from prometheus_client import Counter, Gauge
-
 from libs.common import tasks, tracing
 from libs.common.clock import Clock
 from libs.common.contracts import DeadLetter, DetectItems, ItemResult, JobResult, encode
 from libs.common.errors import ErrorCode, PortcullisError
 from libs.common.subjects import JOB_ITEMS_STREAM
-from services.jobs import core
+from services.jobs import core, metrics
 from services.jobs.core import Doubts, JobRecord, Purse, Queue, Schedule
 from services.jobs.desk import COUNT_MESSAGES, change_record, count_late
 from services.jobs.ports import Backend, Delivery, Kept, Queues, RecordMovedError, Records, Results
 
 log = logging.getLogger(__name__)
-
-ITEMS = Counter("portcullis_job_items_total", "Items of jobs that this replica has stored a result for.", ["outcome"])
-RETRIED = Counter("portcullis_job_items_retried_total", "Items given back to be tried again, by the reason.", ["code"])
-DEAD = Counter("portcullis_job_dead_letters_total", "Items that were given up.")
-OPEN = Gauge("portcullis_jobs_open", "Jobs that are not over, in all replicas.")
 
 LOOK_SECONDS = 0.5
 """How often a replica looks for what others have accepted or finished."""
@@ -153,7 +146,9 @@ class Runner:
     async def look(self) -> None:
         """See what there is to do; count, end and clean up what is due."""
         queues = await self._queues.all()
-        OPEN.set(len(queues))
+        metrics.OPEN.set(len(queues))
+        metrics.WAITING.set(sum(queue.waiting for queue in queues))
+        metrics.IN_HAND.set(sum(queue.in_hand for queue in queues))
         runnable = [queue for queue in queues if await self._is_sealed(queue)]
         # What waits is what was never handed out. An item that is given back, or whose replica dies, is not counted there:
         # it stays among those in hand until somebody asks for it, so that what is not in our hands is worth asking for.
@@ -225,6 +220,8 @@ class Runner:
                 await self._records.update(record, kept.revision)
             except RecordMovedError:
                 return kept.record  # another replica was faster; the next look sees it
+            if record.over:
+                metrics.ENDED.labels(record.state).inc()
         return record
 
     async def _replace_lost(self, record: JobRecord) -> None:
@@ -354,10 +351,12 @@ class Runner:
             if error.code in (ErrorCode.INVALID_CREDENTIALS, ErrorCode.FORBIDDEN):
                 await self._fail(record, core.KEY_GONE)
             else:
+                metrics.UNAVAILABLE.inc()
                 log.info("no units for a job: %s", error)
                 self._hold(record, self._pause(record.job_id))
             return 0, False
         if not admission.granted:
+            metrics.LIMITS.inc()
             least, longest = BLOCK_SECONDS
             rate = admission.rate
             wait = rate.reset_day if rate.remaining_day <= 0 else rate.reset_minute
@@ -372,6 +371,8 @@ class Runner:
         ended = await change_record(
             self._records, kept, lambda each: each if each.over else core.end(each, "failed", reason, now_ms)
         )
+        if not kept.record.over:
+            metrics.ENDED.labels(ended.state).inc()
         await count_late(self._records, self._results, ended, now_ms)
         await self._finish(ended)
 
@@ -386,6 +387,7 @@ class Runner:
     async def _process(self, record: JobRecord, hand: _Hand, degraded: bool) -> None:
         """Judge the items in hand, and store their results."""
         keeping = asyncio.create_task(self._keep(hand))
+        metrics.REDELIVERED.inc(sum(delivery.redelivered for delivery in hand.held))
         try:
             for delivery in [delivery for delivery in hand.held if delivery.redelivered]:
                 if await self._results.has(record.key_id, record.job_id, delivery.index):
@@ -497,7 +499,7 @@ class Runner:
             tracing.record("item", 0.0, own=(("portcullis.item.index", delivery.index),), error=str(code))
             tracing.refuse()
             if not self._doubts.failed(item, code, attributed=attributed):
-                RETRIED.labels(code).inc()
+                metrics.RETRIED.labels(code).inc()
                 await delivery.give_back(self._doubts.retry_seconds(item, self._rng))
                 return False
             await self._bury(record, delivery.index, delivery, core.error_result(code, detail), f"{code}: {detail}")
@@ -512,7 +514,7 @@ class Runner:
             result = core.error_result(ErrorCode.PAYLOAD_TOO_LARGE, detail)
             stored = JobResult(index=stored.index, result=result, id=stored.id)
         await self._results.store(record.key_id, record.job_id, stored)
-        ITEMS.labels(core.outcome_of(result)).inc()
+        metrics.ITEMS.labels(core.outcome_of(result)).inc()
         return result
 
     async def _bury(self, record: JobRecord, index: int, delivery: Delivery | None, result: ItemResult, reason: str) -> None:
@@ -533,10 +535,10 @@ class Runner:
                 raise
             # Full: the item's result tells its owner; what is lost is the text, to be tried again by hand.
             log.error("the stream of dead letters is full; item %d of %s is not kept", index, record.job_id)
-        DEAD.inc()
+        metrics.DEAD.inc()
         stored = JobResult(index=index, result=result, id=item.id if item is not None else None)
         await self._results.store(record.key_id, record.job_id, stored)
-        ITEMS.labels("failed").inc()
+        metrics.ITEMS.labels("failed").inc()
 
     async def _keep(self, hand: _Hand) -> None:
         """Tell the queue that work goes on, so that nobody else is given the same."""

@@ -22,7 +22,6 @@ import nats.errors
 from aiohttp.abc import AbstractResolver, ResolveResult
 from nats.aio.msg import Msg
 from nats.js import JetStreamContext
-from prometheus_client import Counter
 from standardwebhooks.webhooks import Webhook
 from yarl import URL
 
@@ -31,14 +30,12 @@ from libs.common.clock import Clock
 from libs.common.contracts import JobStatus
 from libs.common.errors import PortcullisError
 from libs.common.subjects import JOB_HOOKS_STREAM
-from services.jobs import core
+from services.jobs import core, metrics
 from services.jobs.adapters import API_TIMEOUT_SECONDS, HOOKS_CONSUMER, JetStream, translated
 from services.jobs.ports import Records
 from services.jobs.settings import Settings
 
 log = logging.getLogger(__name__)
-
-SENT = Counter("portcullis_webhooks_total", "Attempts to deliver a webhook, by what became of them.", ["outcome"])
 
 MAX_URL_CHARACTERS = 2000
 AT_A_TIME = 4
@@ -223,13 +220,15 @@ class Deliverer:
             )
             if failure is not None:
                 span.fail(failure)
-        SENT.labels("delivered" if failure is None else "failed").inc()
         if failure is None:
+            metrics.DELIVERED.inc()
             await due.done()
         elif due.attempt >= self._attempts:
+            metrics.GIVEN_UP.inc()
             log.warning("the webhook of job %s is given up after %d attempts (%s)", record.job_id, due.attempt, failure)
             await due.done()
         else:
+            metrics.FAILED.inc()
             log.info("the webhook of job %s failed (%s)", record.job_id, failure)
             await due.again(core.webhook_pause_seconds(due.attempt))
 

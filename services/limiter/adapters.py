@@ -16,9 +16,10 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
-from libs.common import tracing
+from libs.common import telemetry, tracing
 from services.limiter.core import Decision, Policy
 from services.limiter.lua import SCRIPT, Wire
+from services.limiter.metrics import REDIS_DURATION
 from services.limiter.ports import StoreUnavailableError
 
 log = logging.getLogger(__name__)
@@ -63,6 +64,7 @@ def connect(url: str) -> Redis:
         driver_info=None,
         protocol=2,
     )
+    telemetry.CONNECTIONS_LIMIT.labels("redis").set(MAX_CONNECTIONS + 1)
     return Redis.from_pool(pool)
 
 
@@ -83,9 +85,11 @@ async def _within_the_timeout(call: Awaitable[Any]) -> Any:
             deadline.reschedule(loop.time())
 
     timer = loop.call_later(TIMEOUT_SECONDS / TIMEOUT_SLICES, slice_over, TIMEOUT_SLICES - 1)
+    connections = telemetry.CONNECTIONS.labels("redis")
     try:
-        async with asyncio.timeout(None) as deadline:
-            return await call
+        with connections.track_inprogress(), REDIS_DURATION.time():
+            async with asyncio.timeout(None) as deadline:
+                return await call
     except (RedisError, OSError, TimeoutError) as error:
         raise StoreUnavailableError(type(error).__name__) from error
     finally:
@@ -107,6 +111,11 @@ class RedisStore:
         self._waiting: deque[_Waiting] = deque()
         self._batches: set[asyncio.Task[list[bytes]]] = set()
         self._flushing = False
+
+    @property
+    def waiting(self) -> int:
+        """Decisions that wait for a connection."""
+        return len(self._waiting)
 
     async def decide(
         self, key: str, limits: Sequence[int], cost: int, known: Sequence[int] | None, *, partial: bool = False

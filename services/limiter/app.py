@@ -8,12 +8,15 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
 
+from redis.asyncio import Redis
+
 from libs.common import micro, subjects, tasks
 from libs.common.bus import Bus
 from libs.common.contracts import AnsweredAccount, AuthenticatedAdmission, AuthenticatedDetect, RegisterRequest
 from services.limiter import adapters, handlers
 from services.limiter.core import PER_ADDRESS, PER_KEY, Policy
 from services.limiter.failover import Health, Limiter
+from services.limiter.metrics import WAITING
 from services.limiter.settings import Settings
 
 BATCH_IN_FLIGHT = 256
@@ -32,10 +35,8 @@ async def parts(bus: Bus, settings: Settings, *, per_key: Policy = PER_KEY) -> A
 
     show(True)
     health = Health(heartbeat, show)
-    keys = Limiter(per_key, adapters.RedisStore(client, per_key, "rl:v1:key:"), health, bus.clock, settings.limiter_local_keys)
-    addresses = Limiter(
-        PER_ADDRESS, adapters.RedisStore(client, PER_ADDRESS, "rl:v1:address:"), health, bus.clock, settings.limiter_local_keys
-    )
+    keys = _limiter("key", per_key, client, health, bus, settings)
+    addresses = _limiter("address", PER_ADDRESS, client, health, bus, settings)
     bus.stage(subjects.DETECT_AUTHENTICATED, AuthenticatedDetect, partial(handlers.admit, limiter=keys, rng=rng))
     bus.stage(
         subjects.BATCH_AUTHENTICATED,
@@ -57,3 +58,9 @@ async def parts(bus: Bus, settings: Settings, *, per_key: Policy = PER_KEY) -> A
         await tasks.end(watching)
         await heartbeat.leave()
         await client.aclose()
+
+
+def _limiter(name: str, policy: Policy, client: Redis, health: Health, bus: Bus, settings: Settings) -> Limiter:
+    store = adapters.RedisStore(client, policy, f"rl:v1:{name}:")
+    WAITING.labels(name).set_function(lambda: store.waiting)
+    return Limiter(policy, store, health, bus.clock, settings.limiter_local_keys, name=name)

@@ -18,11 +18,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from libs.common import telemetry
 from libs.common.clock import Clock
 from services.limiter.core import MAX_LIMIT, Decision, KeyState, KeyStates, Policy
+from services.limiter.metrics import DEGRADED_SECONDS, LimitMetrics
 from services.limiter.ports import Heartbeat, RateStore, StoreUnavailableError
 
 log = logging.getLogger(__name__)
@@ -39,6 +42,7 @@ class Health:
         heartbeat: Heartbeat,
         on_change: Callable[[bool], None],
         *,
+        monotonic: Callable[[], float] = time.monotonic,
         beat_seconds: float = BEAT_SECONDS,
         retry_seconds: float = RETRY_SECONDS,
     ) -> None:
@@ -50,6 +54,9 @@ class Health:
         self._beat_seconds = beat_seconds
         self._retry_seconds = retry_seconds
         self._lost = asyncio.Event()
+        self._monotonic = monotonic
+        self._down_since = 0.0
+        telemetry.STORE_UP.labels("redis").set(1)
 
     def lost(self) -> None:
         """The store did not answer: nobody asks it again until a heartbeat is answered."""
@@ -57,6 +64,8 @@ class Health:
             self.up = False
             self.outages += 1
             self._lost.set()
+            self._down_since = self._monotonic()
+            telemetry.STORE_UP.labels("redis").set(0)
             log.warning("Redis does not answer; limits are this replica's own until it does")
             self._on_change(False)
 
@@ -65,13 +74,23 @@ class Health:
         try:
             self.replicas = max(1, await self._heartbeat.beat())
         except StoreUnavailableError:
+            self._count_outage()
             self.lost()
             return
+        self._count_outage()
         if not self.up:
             self.up = True
             self._lost.clear()
+            telemetry.STORE_UP.labels("redis").set(1)
             log.warning("Redis answers again")
             self._on_change(True)
+
+    def _count_outage(self) -> None:
+        """Time without the store, since this was counted last."""
+        if not self.up:
+            now = self._monotonic()
+            DEGRADED_SECONDS.inc(now - self._down_since)
+            self._down_since = now
 
     async def watch(self) -> None:
         """Check for ever: at leisure while the store is up, and often while it is away."""
@@ -88,19 +107,28 @@ class Health:
 class Limiter:
     """The limits of one policy, over a store that may go away."""
 
-    def __init__(self, policy: Policy, store: RateStore, health: Health, clock: Clock, max_keys: int) -> None:
+    def __init__(
+        self, policy: Policy, store: RateStore, health: Health, clock: Clock, max_keys: int, *, name: str = "key"
+    ) -> None:
+        """`name`: whose limits these are, for the metrics: `key` or `address`."""
         self._policy = policy
         self._store = store
         self._health = health
         self._clock = clock
         self._states = KeyStates(policy, max_keys)
+        self._metrics = LimitMetrics(name)
 
     async def decide(self, key: str, limits: Sequence[int], cost: int, *, partial: bool = False) -> tuple[Decision, bool]:
         """Admit `cost` units of `key` in every window or in none (0: only look; `partial`: as many as fit); and whether the store
         had no part in it.
         """
         limits = tuple(min(limit, MAX_LIMIT) for limit in limits)
-        cost = min(cost, MAX_LIMIT + 1)
+        decision, local = await self._decide(key, limits, min(cost, MAX_LIMIT + 1), partial=partial)
+        if cost:
+            self._metrics.count(decision, limits, local=local)
+        return decision, local
+
+    async def _decide(self, key: str, limits: tuple[int, ...], cost: int, *, partial: bool) -> tuple[Decision, bool]:
         state = self._states.get(key)
         outages = self._health.outages
         if self._health.up:

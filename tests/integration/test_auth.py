@@ -84,7 +84,7 @@ async def test_a_revoked_key_is_refused_by_every_replica(kit: Kit) -> None:
             """Every replica has the key in its cache."""
             await fleet.detect(issued.api_key)
             stages = [stage for bus in fleet.replicas for stage in bus._stages if stage.subject == subjects.DETECT_REQUEST]
-            return all(stage.counters.requests >= 2 for stage in stages)
+            return all(stage.meter.requests >= 2 for stage in stages)
 
         await until(warm, "a detection in every replica")
         assert code(await fleet.account(subjects.ACCOUNT_REVOKE, issued.api_key)) == "ok"

@@ -21,7 +21,7 @@ from libs.common.bus import Answer, Bus
 from libs.common.context import RequestContext
 from libs.common.contracts import AdmissionRequest, DetectItems, ItemResult, ItemResults, Principal
 from libs.common.errors import ErrorCode, PortcullisError
-from services.edge.batch import BATCHES
+from services.edge.metrics import BATCHES
 from tests.integration.test_edge import KEYED, RATE, VERDICT, Edge, Fleet
 
 LINES = {**KEYED, "Content-Type": "application/x-ndjson"}

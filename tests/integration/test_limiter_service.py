@@ -195,7 +195,7 @@ async def test_a_crowd_gets_its_limit_and_no_more_from_two_replicas_through_a_sc
                     client.script_flush()
 
         calls, _ = await asyncio.gather(crowd(ask, who, began + WINDOWS * WINDOW_SECONDS), flush())
-        handled = [limiter._stages[0].counters.requests for limiter in limiters]
+        handled = [limiter._stages[0].meter.requests for limiter in limiters]
     assert min(handled) > 0.2 * sum(handled)  # both took part
 
     admitted = [call for call in calls if call.admitted]

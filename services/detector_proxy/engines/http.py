@@ -13,6 +13,7 @@ from typing import TypeVar
 import aiohttp
 import msgspec
 
+from libs.common import telemetry
 from libs.common.context import TRACEPARENT_HEADER, RequestContext
 from services.detector_proxy.ports import EngineError, Health
 
@@ -40,6 +41,8 @@ class HttpClient:
         if token is not None:
             headers["Authorization"] = f"Bearer {token}"
         self._base_url = base_url.rstrip("/")
+        self._in_use = telemetry.CONNECTIONS.labels("engine")
+        telemetry.CONNECTIONS_LIMIT.labels("engine").set(max_connections)
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=max_connections, keepalive_timeout=KEEPALIVE_SECONDS),
             cookie_jar=aiohttp.DummyCookieJar(),
@@ -58,9 +61,12 @@ class HttpClient:
             TRACEPARENT_HEADER: context.traceparent,
         }
         try:
-            async with self._session.post(self._base_url + path, data=body, headers=headers, allow_redirects=False) as response:
-                _check_head(response)
-                return HttpReply(response.status, await _read(response))
+            with self._in_use.track_inprogress():
+                async with self._session.post(
+                    self._base_url + path, data=body, headers=headers, allow_redirects=False
+                ) as response:
+                    _check_head(response)
+                    return HttpReply(response.status, await _read(response))
         except aiohttp.ClientPayloadError:
             raise EngineError("cut_off") from None
         except aiohttp.ClientResponseError:

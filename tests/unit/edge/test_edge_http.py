@@ -10,6 +10,8 @@ from typing import Any
 import httpx
 import msgspec
 import pytest
+from prometheus_client import generate_latest
+from prometheus_client.parser import text_string_to_metric_families
 
 from libs.common import contracts, keys, subjects
 from libs.common.contracts import FieldError, Reply, raw
@@ -541,11 +543,36 @@ async def test_metrics_count_by_route_and_never_by_path(client: httpx.AsyncClien
     await client.get(f"/admin/keys/{RECORD.key_id}", headers=ADMIN)
     await client.get("/a-path-that-is-not-there")
     await client.request("FROB", "/health/live")
-    text = (await client.get("/metrics")).text
+    text = generate_latest().decode()
     assert 'portcullis_http_requests_total{method="GET",route="/admin/keys/{key_id}",status="200"}' in text
     assert RECORD.key_id not in text
     assert "a-path-that-is-not-there" not in text
     assert "FROB" not in text
+
+
+async def test_the_public_metrics_show_calls_and_neither_administration_nor_the_process(stages: FakeStages) -> None:
+    async with client_of(gate_of(stages)) as client:
+        await client.get("/admin/keys", headers=ADMIN)
+        await client.get("/health/live")
+        response = await client.get("/metrics")
+    families = {family.name: family for family in text_string_to_metric_families(response.text)}
+    assert set(families) == {
+        "portcullis_http_requests",
+        "portcullis_http_request_duration_seconds",
+        "portcullis_http_in_flight",
+        "portcullis_http_in_flight_limit",
+    }
+    routes = {sample.labels["route"] for sample in families["portcullis_http_requests"].samples}
+    assert "/health/live" in routes
+    assert not any(route.startswith("/admin") for route in routes)
+
+
+async def test_the_public_metrics_are_made_at_most_once_a_second(stages: FakeStages) -> None:
+    async with client_of(gate_of(stages)) as client:
+        first = (await client.get("/metrics")).content
+        assert (await client.get("/metrics")).content == first
+        stages.clock.advance(1.0)
+        assert (await client.get("/metrics")).content != first
 
 
 def test_the_answer_has_the_fields_of_the_contract() -> None:

@@ -69,5 +69,5 @@ def test_a_program_started_by_hand_needs_no_file(tmp_path: Path) -> None:
 
 
 def test_each_replica_has_a_metrics_port_of_its_own(tmp_path: Path) -> None:
-    found = environment_of_child(tmp_path, "--metrics-port", "9100", "--number", "2", PATH=os.environ["PATH"])
-    assert found["PORTCULLIS_METRICS_PORT"] == "9102"
+    found = environment_of_child(tmp_path, "--metrics-ports", "9100,9200,9300", "--number", "2", PATH=os.environ["PATH"])
+    assert found["PORTCULLIS_METRICS_PORT"] == "9300"

@@ -109,15 +109,28 @@ def test_scale_is_parsed_or_explained() -> None:
 
 def test_no_two_processes_share_a_metrics_port(home: Home) -> None:
     planned = plan(home, {"PORTCULLIS_METRICS_PORT": "9100"}, edge=2, limiter=3)
-    ports = [
-        program.metrics_port + number
-        for program in planned.programs
-        if program.metrics_port
-        for number in range(program.replicas)
-    ]
-    assert ports == list(range(9100, 9100 + 9))
+    assert [port for program in planned.programs for port in program.metrics_ports] == list(range(9100, 9100 + 9))
     assert not any("PORTCULLIS_METRICS_PORT" in one for one in environments(planned).values())
-    assert not any(program.metrics_port for program in plan(home).programs)
+
+
+def test_each_replica_has_a_metrics_port_that_the_home_remembers(home: Home) -> None:
+    first, second = plan(home, NO_SERVERS, edge=2), plan(home, NO_SERVERS, edge=3)
+    ports = {program.name: program.metrics_ports for program in second.programs}
+    assert {name: len(own) for name, own in ports.items()} == {name: 3 if name == "edge" else 1 for name in SERVICES}
+    assert len({port for own in ports.values() for port in own}) == len(SERVICES) + 2
+    assert {program.name: program.metrics_ports for program in first.programs} == ports | {"edge": ports["edge"][:2]}
+
+
+def test_prometheus_is_told_where_each_replica_serves_its_metrics(home: Home) -> None:
+    planned = plan(home, {"PORTCULLIS_METRICS_PORT": "9100", "PORTCULLIS_METRICS_HOST": "10.0.0.1"}, edge=2)
+    stack.write(home, planned)
+    targets = json.loads(home.metrics_targets.read_text())
+    assert targets[:3] == [
+        {"targets": ["10.0.0.1:9100"], "labels": {"service": "edge", "replica": "0"}},
+        {"targets": ["10.0.0.1:9101"], "labels": {"service": "edge", "replica": "1"}},
+        {"targets": ["10.0.0.1:9102"], "labels": {"service": "auth", "replica": "0"}},
+    ]
+    assert {target["labels"]["service"] for target in targets} == set(SERVICES)
 
 
 def read_by_supervisor(home: Home, planned: stack.Plan) -> dict[str, Any]:

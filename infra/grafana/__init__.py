@@ -1,0 +1,1 @@
+"""Grafana's dashboards, made from a few lines each: `python -m infra.grafana` writes them to `dashboards/`."""

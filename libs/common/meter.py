@@ -1,0 +1,98 @@
+"""What one stage has to tell of itself: to Prometheus, and to whoever asks `$SRV.STATS` (NATS ADR-32)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from nats.micro.service import EndpointInfo, EndpointStats
+from prometheus_client import Counter, Histogram
+
+from libs.common import telemetry
+from libs.common.errors import CATALOGUE, ErrorCode
+from libs.common.recent import RecentDurations
+
+OK = "ok"
+EXPIRED = "expired"
+"""The outcome of a message whose deadline has passed: dropped, or given up in the middle."""
+
+
+def result_of(outcome: str) -> str:
+    """`ok`; `refused`, when the message itself gave the reason (4xx at the edge); `failed`, when this system did."""
+    if outcome == OK:
+        return OK
+    if outcome == EXPIRED:
+        return "failed"
+    return "refused" if CATALOGUE[ErrorCode(outcome)].status < 500 else "failed"
+
+
+class StageMeter:
+    """Counts of one subject in this process. `in_flight`: messages being worked on; `queued`: those that nobody works on yet."""
+
+    def __init__(
+        self, name: str, subject: str, queue_group: str, limit: int, *, in_flight: Callable[[], int], queued: Callable[[], int]
+    ) -> None:
+        self.subject = subject
+        self.last_error = ""
+        self._name = name
+        self._queue_group = queue_group
+        self._in_flight = in_flight
+        self._queued = queued
+        self.requests = 0
+        self._errors = 0
+        self._processing_ns = 0
+        self._recent = RecentDurations()
+        # `labels()` costs more than the counting; outcomes are few.
+        self._series: dict[str, tuple[Counter, Histogram]] = {}
+        telemetry.STAGE_IN_FLIGHT.labels(subject).set_function(in_flight)
+        telemetry.STAGE_QUEUED.labels(subject).set_function(queued)
+        telemetry.STAGE_LIMIT.labels(subject).set(limit)
+        self._of(OK)
+        for trouble in (ErrorCode.OVERLOADED, ErrorCode.INTERNAL):
+            # From the start: the first of a series that appears with it is no increase, and there are alerts on these.
+            telemetry.STAGE_REQUESTS.labels(subject, trouble)
+
+    def count(self, outcome: str, spent_ns: int | None) -> None:
+        """One message, done with. `spent_ns` None: it was turned away before any work, which says nothing about durations."""
+        requests, durations = self._of(outcome)
+        requests.inc()
+        self.requests += 1
+        if outcome != OK:
+            self._errors += 1
+            self.last_error = outcome
+        if spent_ns is not None:
+            self._processing_ns += spent_ns
+            self._recent.add(spent_ns, time.perf_counter_ns())
+            durations.observe(spent_ns / 1e9, telemetry.exemplar())
+
+    def _of(self, outcome: str) -> tuple[Counter, Histogram]:
+        series = self._series.get(outcome)
+        if series is None:
+            series = self._series[outcome] = (
+                telemetry.STAGE_REQUESTS.labels(self.subject, outcome),
+                telemetry.STAGE_DURATION.labels(self.subject, result_of(outcome)),
+            )
+        return series
+
+    def info(self) -> EndpointInfo:
+        return EndpointInfo(name=self._name, subject=self.subject, queue_group=self._queue_group, metadata={})
+
+    def stats(self) -> EndpointStats:
+        """`data`: what waits and is under way now, and percentiles of about the last 10 s in milliseconds (null: no messages)."""
+        now_ns = time.perf_counter_ns()
+        return EndpointStats(
+            name=self._name,
+            subject=self.subject,
+            queue_group=self._queue_group,
+            num_requests=self.requests,
+            num_errors=self._errors,
+            processing_time=self._processing_ns,
+            average_processing_time=self._processing_ns // self.requests if self.requests else 0,
+            last_error=self.last_error,
+            data={
+                "in_flight": self._in_flight(),
+                "queued": self._queued(),
+                "p50_ms": self._recent.percentile_ms(0.5, now_ns),
+                "p99_ms": self._recent.percentile_ms(0.99, now_ns),
+            },
+        )
