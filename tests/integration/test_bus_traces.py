@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator
 
 import msgspec
 import nats
@@ -14,12 +13,11 @@ from pydantic import SecretStr
 from infra.embedded.servers import Server
 from libs.common import hops, subjects, tracing
 from libs.common.bus import Answer, Bus, Forward, NoRespondersError
-from libs.common.clock import SystemClock
 from libs.common.context import RequestContext, new_request_id
 from libs.common.contracts import Message, TraceKept
 from libs.common.errors import ErrorCode, PortcullisError
 from libs.common.settings import CommonSettings
-from libs.common.tracing import PerSecond, Recorded, Recorder
+from libs.common.tracing import Recorded, Recorder
 from tests.conftest import OPERATOR
 from tests.integration.test_bus import MakeBus, started
 
@@ -38,14 +36,6 @@ def make_bus(nats_server: Server, nats_passwords: dict[str, str]) -> MakeBus:
         return Bus(service, CommonSettings(nats_url=nats_server.url, nats_user=service, nats_password=password))
 
     return make
-
-
-@pytest.fixture
-def recorder() -> Iterator[Recorder]:
-    recorder = Recorder(PerSecond(0, SystemClock()), slow_ms=60_000, ring_spans=1000)
-    tracing.use(recorder)
-    yield recorder
-    tracing.use(None)
 
 
 def context(seconds: float = 5.0, flag: str = "01") -> RequestContext:
