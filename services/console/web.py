@@ -135,9 +135,8 @@ class Api:
         return _json({"traces": found, "counts": self._store.counts(), "revision": self._store.revision})
 
     async def trace(self, request: Request) -> Response:
-        """One trace as a tree."""
-        found = self._store.get(request.path_params["trace_id"].lower())
-        return _json(found) if found is not None else _say(404, "There is no such trace here, or no more.")
+        """One trace as a tree; null when it is not here: pages ask for traces that are still on their way."""
+        return _json(self._store.get(request.path_params["trace_id"].lower()))
 
     async def live(self, _: Request) -> Response:
         """Server-sent events: `history` once, then `fleet` every second, and `traces` when there are new ones."""

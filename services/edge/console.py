@@ -35,6 +35,7 @@ STALLED_SECONDS: Final = 30.0
 KEEPALIVE_SECONDS: Final = 30.0
 
 _PATH: Final = re.compile(r"/console(/[A-Za-z0-9._-]*)*", re.ASCII)
+_QUERY: Final = re.compile(r"[!-~]*", re.ASCII)
 # What the console needs to know of a request, and nothing else: no cookie, no API key.
 _PASSED_ON: Final = (
     "accept", "authorization", "forwarded", "host", "if-none-match", "sec-fetch-site", "x-forwarded-for", "x-forwarded-host",
@@ -76,7 +77,7 @@ class Console:
         if b"transfer-encoding" in headers or headers.get(b"content-length", b"0") != b"0":
             raise PortcullisError(ErrorCode.PAYLOAD_TOO_LARGE, "The console takes no body.")
         path = request.url.path
-        if not _PATH.fullmatch(path) or ".." in path:
+        if not _PATH.fullmatch(path) or ".." in path or not _QUERY.fullmatch(request.url.query):
             raise PortcullisError(ErrorCode.NOT_FOUND)
         if self._asked >= MAX_AT_A_TIME:
             raise PortcullisError(ErrorCode.OVERLOADED)
@@ -84,7 +85,8 @@ class Console:
 
     async def relay(self, request: Request, scope: Scope, receive: Receive, send: Send) -> None:
         """Ask, and pass on what comes; a console that does not answer becomes a 503."""
-        url = URL(f"{self._url}{request.url.path}").with_query(request.url.query)
+        query = f"?{request.url.query}" if request.url.query else ""
+        url = URL(f"{self._url}{request.url.path}{query}", encoded=True)
         passed_on = {name: value for name in _PASSED_ON if (value := request.headers.get(name)) is not None}
         self._asked += 1
         try:

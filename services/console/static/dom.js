@@ -83,7 +83,7 @@ export function ago(epochMs, now = Date.now()) {
 }
 
 export function clock(epochMs) {
-  return new Date(epochMs).toLocaleTimeString([], { hour: "2-digit", minute: "2-digit", second: "2-digit" });
+  return new Date(epochMs).toLocaleTimeString([], { hour: "2-digit", minute: "2-digit", second: "2-digit", hourCycle: "h23" });
 }
 
 export function plural(count, one, many = `${one}s`) {

@@ -5,6 +5,7 @@ import { traceTable } from "./traces.js";
 
 const POINTS = 90;
 const LIST_PAUSE_MS = 1500;
+const BREAKERS = { primary: "Primary engine", fallback: "Fallback pool" };
 const STATE_WORDS = { closed: "closed", half_open: "half-open", open: "open" };
 const ENGINE_KINDS = { detect: "detection engine", tei: "text-embeddings-inference", kserve: "Open Inference Protocol", pool: "pool" };
 const WHAT = {
@@ -13,7 +14,7 @@ const WHAT = {
   limiter: "is there room",
   detector_proxy: "which engine, and the verdict",
   fallback_model: "the model that comes along",
-  jobs: "texts that may wait",
+  jobs: "texts that may wait take the same way, when there is room",
 };
 
 export function overview(news) {
@@ -421,7 +422,7 @@ function drawBreakers(element, picture) {
       h(
         "article",
         { class: "breaker", "data-state": breaker.state, "data-breaker": breaker.name },
-        h("h3", {}, breaker.name, h("span", { class: "chip", "data-state": breaker.state }, STATE_WORDS[breaker.state])),
+        h("h3", {}, BREAKERS[breaker.name] ?? breaker.name, h("span", { class: "chip", "data-state": breaker.state }, STATE_WORDS[breaker.state])),
         breaker.replicas.map((each) => {
           const calls = each.successes + each.failures;
           const left = each.retry_at ? Math.max(0, Math.round((Date.parse(each.retry_at) - picture.at_ms) / 1000)) : null;
@@ -466,7 +467,7 @@ function drawNews(element, picture) {
     element,
     picture.news.slice(0, 12).map((each) => {
       const state = each.kind === "breaker" ? (each.what.endsWith("closed") ? "ok" : each.what.endsWith("open") && !each.what.endsWith("half-open") ? "down" : "degraded") : NEWS_STATES[each.kind];
-      const subject = each.kind === "breaker" ? `Breaker ${each.subject}` : SERVICES[each.subject];
+      const subject = each.kind === "breaker" ? `${BREAKERS[each.subject] ?? each.subject}, breaker:` : SERVICES[each.subject];
       return h(
         "li",
         {},

@@ -1,6 +1,6 @@
 // One trace: a page of its own, and the waterfall that the box for texts shows too.
 import * as api from "./api.js";
-import { badge, copyable, fill, h, hue, ms, plural, serviceName } from "./dom.js";
+import { badge, clock, copyable, fill, h, hue, ms, plural, serviceName } from "./dom.js";
 
 const FIRST_ROWS = 400;
 const TICKS = [0, 0.25, 0.5, 0.75, 1];
@@ -139,17 +139,17 @@ export function tracePage(news, id) {
   const body = h("section", { class: "panel", "aria-label": "Waterfall" }, h("p", { class: "empty" }, "Loading…"));
   const picture = waterfall();
   let shown = "";
-  let missing = false;
 
   async function load() {
     let found;
     try {
       found = await api.trace(id);
     } catch (error) {
-      if (!shown && !(missing && error.status === 404)) {
-        missing = error.status === 404;
-        fill(body, h("p", { class: "empty" }, missing ? "There is no such trace here: not yet, or no more. It is shown when it comes." : error.message));
-      }
+      if (!shown) fill(body, h("p", { class: "empty" }, error.message));
+      return;
+    }
+    if (!found) {
+      if (!shown) fill(body, h("p", { class: "empty" }, "There is no such trace here: not yet, or no more. It is shown when it comes."));
       return;
     }
     const key = JSON.stringify(found.summary);
@@ -177,7 +177,7 @@ function drawHead(element, summary) {
     ["request", summary.request_id && copyable(summary.request_id, "request id")],
     ["trace", copyable(summary.trace_id, "trace id")],
     ["key", summary.key_id && h("span", { class: "mono" }, summary.key_id)],
-    ["began", new Date(summary.start_ms).toLocaleString()],
+    ["began", `${new Date(summary.start_ms).toLocaleDateString()}, ${clock(summary.start_ms)}`],
     ["spans", `${summary.spans} in ${plural(summary.services.length, "service")}`],
   ].filter(([, value]) => value);
   fill(
