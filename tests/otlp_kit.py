@@ -43,7 +43,7 @@ def span(
         name,
         context(trace_id, span_id),
         parent=context(trace_id, parent_id) if parent_id is not None else None,
-        resource=Resource({"service.name": f"portcullis-{service}", "service.instance.id": f"{service}-1"}),
+        resource=Resource({"service.name": f"portcullis-{service.replace('_', '-')}", "service.instance.id": f"{service}-1"}),
         attributes=attributes or {},
         events=events,
         links=links,

@@ -63,7 +63,7 @@ def read(body: bytes) -> tuple[list[Span], int]:
     refused = 0
     for resource_spans in request.resource_spans:
         resource = dict(_attributes(resource_spans.resource.attributes))
-        service = str(resource.get("service.name", "unknown"))[:MAX_NAME].removeprefix(_SERVICE_PREFIX)
+        service = _service(str(resource.get("service.name", "unknown"))[:MAX_NAME])
         instance = str(resource.get("service.instance.id", ""))[:MAX_NAME]
         for scope_spans in resource_spans.scope_spans:
             for span in scope_spans.spans:
@@ -72,6 +72,11 @@ def read(body: bytes) -> tuple[list[Span], int]:
                 else:
                     refused += 1
     return spans, refused
+
+
+def _service(name: str) -> str:
+    """Our services are called here as everywhere else in this system."""
+    return name.removeprefix(_SERVICE_PREFIX).replace("-", "_") if name.startswith(_SERVICE_PREFIX) else name
 
 
 def answer(refused: int) -> bytes:

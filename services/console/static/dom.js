@@ -38,7 +38,7 @@ export const SERVICES = {
 
 /** A colour's number for each service, the same everywhere: 1 to 6, and 7 to 9 for services that are not ours. */
 export function hue(service) {
-  const known = Object.keys(SERVICES).indexOf(service.replaceAll("-", "_"));
+  const known = Object.keys(SERVICES).indexOf(service);
   if (known >= 0) return known + 1;
   let sum = 0;
   for (const letter of service) sum += letter.codePointAt(0);
@@ -46,7 +46,7 @@ export function hue(service) {
 }
 
 export function serviceName(service) {
-  return SERVICES[service.replaceAll("-", "_")] ?? service;
+  return SERVICES[service] ?? service;
 }
 
 /** Milliseconds: 0.42 ms, 12 ms, 1.31 s, 2 min 5 s. */

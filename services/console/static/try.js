@@ -16,7 +16,7 @@ const STEPS = {
   auth: ["Auth", 0],
   limiter: ["Limiter", 0],
   detector_proxy: ["Proxy", 0],
-  primary: ["Primary engine", 1],
+  engine: ["Primary engine", 1],
   fallback: ["Fallback pool", 1],
   normalise: ["Normalise", 2],
   tokenise: ["Tokenise", 2],
