@@ -222,7 +222,7 @@ async def test_a_text_is_tried_its_waterfall_opened_and_a_breaker_seen_to_open(e
             await page.get_by_role("link", name="All traces").click()
             await page.get_by_label("Find").fill(request_id)
             await expect(page.locator(".traces tbody tr")).to_have_count(1)
-            await page.get_by_role("link", name="Overview").click()
+            await page.get_by_role("link", name="Overview", exact=True).click()
 
         # The engine is stopped.
         breaker = page.locator("[data-breaker=primary]")
