@@ -215,7 +215,7 @@ It has just answered:
 
   {json.dumps(verdict)}
 
-API: {base_url}/docs   Health: {base_url}/health{nats}
+See it work: {base_url}/console   API: {base_url}/docs   Health: {base_url}/health{nats}
 Data, logs and the admin token are in {_short(home)}. See also ./run status and ./run logs -f; {stop}."""
 
 
@@ -254,6 +254,7 @@ def status(home: Home) -> int:
     answer = welcome.call(base_url, "/health")
     word = answer.body.get("status", "no answer")
     console.print(f"{base_url}  {word}")
+    console.print(f"{base_url}/console")
     if nats_url := edge.get("nats"):
         console.print(f"{nats_url}  for clients with an API key")
     return 0 if answer.status == 200 else 1

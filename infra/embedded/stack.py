@@ -36,12 +36,14 @@ LOG_BACKUPS = 2
 
 # A secret goes to the service that needs it and to no other. Everything else that starts with PORTCULLIS_ goes to all.
 ONLY_FOR = {
-    "PORTCULLIS_DATABASE_URL": "auth",
-    "PORTCULLIS_KEY_PEPPER": "auth",
-    "PORTCULLIS_ADMIN_TOKEN": "auth",
-    "PORTCULLIS_NATS_ISSUER_SEED": "auth",
-    "PORTCULLIS_REDIS_URL": "limiter",
+    "PORTCULLIS_DATABASE_URL": ("auth",),
+    "PORTCULLIS_KEY_PEPPER": ("auth",),
+    "PORTCULLIS_ADMIN_TOKEN": ("auth", "console"),
+    "PORTCULLIS_NATS_ISSUER_SEED": ("auth",),
+    "PORTCULLIS_REDIS_URL": ("limiter",),
 }
+SINGLE = ("console",)
+"""Services of which there is one: each copy would know only a part."""
 ENGINE_PREFIX = "PORTCULLIS_ENGINE_"  # for the proxy: addresses and keys of somebody else's service
 
 
@@ -85,6 +87,8 @@ def parse_scale(values: list[str]) -> dict[str, int]:
             raise StackError(f"--scale {value}: there is no service {name!r}; there are {', '.join(SERVICES)}")
         if not count.isdecimal() or not 1 <= int(count) <= 64:
             raise StackError(f"--scale {value}: say how many, from 1 to 64, as in --scale {name}=2")
+        if name in SINGLE and int(count) > 1:
+            raise StackError(f"--scale {value}: there can be one {name} only; it keeps what it shows in its own memory")
         scale[name] = int(count)
     return scale
 
@@ -153,13 +157,15 @@ def plan(home: Home, environment: Mapping[str, str], scale: Mapping[str, int]) -
     if edge_host in LOOPBACK:
         # Whoever reaches the gateway may register a key: fine on this machine alone, and not a default for anybody else's.
         wanted.setdefault("PORTCULLIS_REGISTRATION", "open")
+    console = _console(home, environment, wanted, edge_host)
     first_metrics_port = _port(wanted, "metrics")
     wanted.pop("PORTCULLIS_METRICS_PORT", None)
     processes = 0
     programs = [Program(server.name, server.command, group="servers", stop_signal=server.stop_signal) for server in running]
     for name in SERVICES:
         replicas = scale.get(name, 1)
-        own = {variable: value for variable, value in wanted.items() if _is_for(variable, name)} | users.get(name, {})
+        own = {variable: value for variable, value in wanted.items() if _is_for(variable, name)}
+        own |= users.get(name, {}) | console[name]
         if name == "edge":
             own |= {"PORTCULLIS_EDGE_HOST": edge_host, "PORTCULLIS_EDGE_PORT": str(edge_port)}
         programs.append(
@@ -187,7 +193,27 @@ def _metrics_ports(home: Home, service: str, replicas: int, first: int | None) -
 def _is_for(variable: str, service: str) -> bool:
     if variable.startswith(ENGINE_PREFIX):
         return service == "detector_proxy"
-    return ONLY_FOR.get(variable, service) == service
+    return service in ONLY_FOR.get(variable, (service,))
+
+
+def _collectors_own(environment: Mapping[str, str]) -> bool:
+    """Whether the operator has said where traces go, or that there are none."""
+    elsewhere = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
+    return any(environment.get(name) for name in elsewhere) or environment.get("OTEL_SDK_DISABLED", "").lower() == "true"
+
+
+def _console(home: Home, environment: Mapping[str, str], wanted: dict[str, str], edge_host: str) -> dict[str, dict[str, str]]:
+    """What the services must know of the console, by service."""
+    url = f"http://{servers.HOST}:{_claim_port(environment, home, 'console')}"
+    console = {"PORTCULLIS_CONSOLE_HOST": servers.HOST, "PORTCULLIS_CONSOLE_PORT": url.rpartition(":")[2]}
+    # Whoever lets the gateway be reached under other names, or through a proxy, has callers that are not on this machine.
+    elsewhere = ("PORTCULLIS_ALLOWED_HOSTS", "PORTCULLIS_TRUSTED_PROXIES", "PORTCULLIS_CORS_ORIGINS")
+    if edge_host in LOOPBACK and not any(name in wanted for name in elsewhere):
+        console["PORTCULLIS_CONSOLE_OPEN"] = wanted.get("PORTCULLIS_CONSOLE_OPEN", "true")
+    traces = {} if _collectors_own(environment) else {"OTEL_EXPORTER_OTLP_ENDPOINT": url}
+    known = {name: dict(traces) for name in SERVICES if name != "console"}
+    known["edge"]["PORTCULLIS_CONSOLE_URL"] = wanted.get("PORTCULLIS_CONSOLE_URL", url)
+    return known | {"console": console}
 
 
 def external_hosts(environment: Mapping[str, str]) -> list[str]:

@@ -359,6 +359,8 @@ class Bus:
         self.on_reconnect: list[Hook] = []
         self.on_drained: list[Hook] = []
         """Called by `drain()` when the last message has been worked on and the connection is still there."""
+        self.told: list[micro.Endpoint] = []
+        """What this process does besides its stages, for whoever asks `$SRV.STATS`; to be filled before `start()`."""
         self._inbox = inbox(service, self.instance)
         self._stages: list[_Stage[Any] | _Asked] = []
         self._waiting: dict[str, Callable[[Msg], None]] = {}
@@ -501,7 +503,7 @@ class Bus:
         config = ServiceConfig(
             name=f"portcullis-{self.service}".replace("_", "-"), version=VERSION, metadata=self.status.metadata
         )
-        self._micro = micro.MicroService(self.connection, config, [stage.meter for stage in self._stages])
+        self._micro = micro.MicroService(self.connection, config, [*(stage.meter for stage in self._stages), *self.told])
         await self._micro.start()
         await self._settle()
 

@@ -40,6 +40,7 @@ class StageMeter:
         self._queued = queued
         self.requests = 0
         self._errors = 0
+        self._refused = 0
         self._processing_ns = 0
         self._recent = RecentDurations()
         # `labels()` costs more than the counting; outcomes are few.
@@ -59,6 +60,7 @@ class StageMeter:
         self.requests += 1
         if outcome != OK:
             self._errors += 1
+            self._refused += result_of(outcome) == "refused"
             self.last_error = outcome
         if spent_ns is not None:
             self._processing_ns += spent_ns
@@ -78,7 +80,10 @@ class StageMeter:
         return EndpointInfo(name=self._name, subject=self.subject, queue_group=self._queue_group, metadata={})
 
     def stats(self) -> EndpointStats:
-        """`data`: what waits and is under way now, and percentiles of about the last 10 s in milliseconds (null: no messages)."""
+        """`data`: what waits and is under way now, and percentiles of about the last 10 s in milliseconds (null: no messages).
+
+        `refused`: how many of the errors, ever, were the message's own fault.
+        """
         now_ns = time.perf_counter_ns()
         return EndpointStats(
             name=self._name,
@@ -92,6 +97,7 @@ class StageMeter:
             data={
                 "in_flight": self._in_flight(),
                 "queued": self._queued(),
+                "refused": self._refused,
                 "p50_ms": self._recent.percentile_ms(0.5, now_ns),
                 "p99_ms": self._recent.percentile_ms(0.99, now_ns),
             },

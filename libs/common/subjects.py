@@ -105,8 +105,10 @@ USAGE_STREAM = "USAGE"
 DEFAULT_POOL = "fallback"
 # Asks the workers of every pool how they are; each answers with the name of its own.
 POOL_PING = "$SRV.PING.portcullis-fallback-model"
+# Asks every process what goes through it (NATS ADR-32).
+EVERYBODYS_STATS = "$SRV.STATS"
 
-SERVICES = ("edge", "auth", "limiter", "detector_proxy", "fallback_model", "jobs")
+SERVICES = ("edge", "auth", "limiter", "detector_proxy", "fallback_model", "jobs", "console")
 
 
 # Whose death concerns the requests that a service has pending: the stages that may have had them in hand.
@@ -301,4 +303,5 @@ PERMISSIONS: dict[str, Permissions] = {
         subscribe=(*JOBS_OPERATIONS.values(), *DOOR_OPERATIONS),
     ),
     "fallback_model": _service("fallback_model", publish=(), subscribe=("model.v1.*", "model.v1.*.batch")),
+    "console": _service("console", publish=(EVERYBODYS_STATS, BREAKERS_LIST), subscribe=(EVENT_LEFT, EVENT_BREAKER_CHANGED)),
 }

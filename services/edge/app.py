@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -19,6 +19,7 @@ from libs.common.errors import ErrorCode, PortcullisError
 from services.edge import openapi, pages, problems
 from services.edge.batch import Batches
 from services.edge.bodies import Bodies
+from services.edge.console import Console, opened
 from services.edge.gate import Gate, call_of
 from services.edge.handlers import Handlers, refused
 from services.edge.health import FleetMonitor
@@ -41,8 +42,8 @@ class _PlainRoute(APIRoute):
         return endpoint
 
 
-def build(stages: Stages, settings: EdgeSettings) -> Gate:
-    """The whole HTTP side as one ASGI application, on whatever stages there are."""
+def build(stages: Stages, settings: EdgeSettings, console: Console | None = None) -> Gate:
+    """The whole HTTP side as one ASGI application, on whatever stages there are; `console`: who answers below /console."""
     bodies = Bodies(settings.max_body_bytes, settings.edge_max_buffered_bytes, settings.body_timeout_seconds)
     handlers = Handlers(stages, bodies, FleetMonitor(stages), request_timeout_seconds=settings.request_timeout_seconds)
     batches = Batches(
@@ -84,6 +85,8 @@ def build(stages: Stages, settings: EdgeSettings) -> Gate:
     openapi.add_routes(app, handlers, batches, jobs)
     app.add_api_route("/metrics", handlers.metrics, include_in_schema=False)
     pages.add_pages(app)
+    if console is not None:
+        console.add_routes(app)
     if settings.cors_origin_names:
         app.add_middleware(
             CORSMiddleware,
@@ -95,13 +98,21 @@ def build(stages: Stages, settings: EdgeSettings) -> Gate:
         )
     gate = Gate(app, settings, stages.clock)
     handlers.gate = batches.gate = jobs.gate = gate
+    if console is not None:
+        console.gate = gate
     return gate
 
 
 @asynccontextmanager
 async def front(bus: Bus, settings: EdgeSettings) -> AsyncIterator[None]:
     """Serve HTTP; until NATS is there, and when it goes away, calls are answered 503."""
-    async with serving(build(bus, settings), settings):
+    async with AsyncExitStack() as stack:
+        console: Console | None = None
+        if settings.console_url is not None:
+            console = await stack.enter_async_context(opened(settings.console_url))
+        gate = build(bus, settings, console)
+        bus.told.extend(gate.meters.all)
+        await stack.enter_async_context(serving(gate, settings))
         yield
 
 

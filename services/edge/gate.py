@@ -21,7 +21,7 @@ from libs.common.clock import Clock
 from libs.common.context import REQUEST_ID_PATTERN, TRACEPARENT_PATTERN, new_request_id, new_traceparent
 from libs.common.errors import ErrorCode, PortcullisError
 from services.edge import core, problems
-from services.edge.metrics import DURATION, IN_FLIGHT, IN_FLIGHT_LIMIT, REQUESTS, status_class
+from services.edge.metrics import DURATION, IN_FLIGHT, IN_FLIGHT_LIMIT, REQUESTS, CallMeters, status_class
 from services.edge.settings import EdgeSettings
 
 log = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ MAX_HEADERS = 100
 _UNMATCHED = "unmatched"
 _METHODS = frozenset({"GET", "POST", "PATCH", "DELETE", "PUT", "HEAD", "OPTIONS"})
 # Operators look at a full gateway most of all, so these are answered whatever is in flight.
-_ALWAYS = ("/health", "/metrics")
+_ALWAYS = ("/health", "/metrics", "/console")
 
 _UNTRACED = (*_ALWAYS, "/console")
 """Asked every few seconds by machines, or watched for hours: no requests that anybody would look for."""
@@ -69,6 +69,7 @@ class Gate:
         self._max_header_bytes = settings.max_header_bytes
         self._max_in_flight = settings.edge_max_in_flight
         IN_FLIGHT_LIMIT.set(self._max_in_flight)
+        self.meters = CallMeters(lambda: self.in_flight)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -128,7 +129,10 @@ class Gate:
             if span:
                 _end(span, call, method, route, status)
             REQUESTS.labels(method, route, status).inc()
-            DURATION.labels(route, status_class(status)).observe(self._clock.monotonic() - arrived, telemetry.exemplar())
+            spent_seconds = self._clock.monotonic() - arrived
+            DURATION.labels(route, status_class(status)).observe(spent_seconds, telemetry.exemplar())
+            if counted:
+                self.meters.count(route, status, spent_seconds)
 
     def _refusal(self, scope: Scope, headers: dict[bytes, bytes], counted: bool) -> PortcullisError | None:
         raw: list[tuple[bytes, bytes]] = scope["headers"]

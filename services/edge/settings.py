@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from libs.common.settings import CommonSettings
 
@@ -55,6 +56,15 @@ class EdgeSettings(CommonSettings):
     edge_max_batch_buffered_bytes: Annotated[int, Field(ge=1024)] = 64 * 1024**2
     """Bytes of all JSON lists of texts held at a time."""
     edge_max_connections: Annotated[int, Field(ge=1)] = 10_000
+    console_url: str | None = None
+    """Where the console is, http://host:port; what is asked below /console is asked there. Unset: nothing is at /console."""
+
+    @field_validator("console_url")
+    @classmethod
+    def _is_plain_http(cls, url: str | None) -> str | None:
+        if url is not None and not re.fullmatch(r"http://[^/?#@\s]+/?", url):
+            raise ValueError("not an address such as http://console:4318")
+        return url.rstrip("/") if url is not None else None
 
     @property
     def allowed_host_names(self) -> tuple[str, ...]:

@@ -75,3 +75,10 @@ def engine_stack(engine_port: int) -> Iterator[Stack]:
     }
     with running_stack(environment=environment) as stack:
         yield stack
+
+
+@pytest.fixture
+def closed_stack() -> Iterator[Stack]:
+    """One of each, whose console wants the admin token."""
+    with running_stack(environment=ROOMY | {"PORTCULLIS_CONSOLE_OPEN": "false"}) as stack:
+        yield stack

@@ -208,7 +208,7 @@ async def test_keys_limits_and_counts_survive_a_restart() -> None:
 
 
 async def test_health_says_who_is_there(pairs: Stack) -> None:
-    everybody = {"edge": 2, "auth": 2, "limiter": 2, "detector_proxy": 2, "fallback_model": 2, "jobs": 1}
+    everybody = {"edge": 2, "auth": 2, "limiter": 2, "detector_proxy": 2, "fallback_model": 2, "jobs": 1, "console": 1}
     async with callers(pairs) as session:
         deadline = time.monotonic() + 20
         while True:

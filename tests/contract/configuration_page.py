@@ -24,6 +24,7 @@ SOURCES = {
     "detector_proxy": "services.detector_proxy.settings",
     "fallback_model": "services.fallback_model.settings",
     "jobs": "services.jobs.settings",
+    "console": "services.console.settings",
 }
 
 HEAD = """# Configuration
@@ -41,6 +42,7 @@ admin token, free ports for the servers) is in its home, `.portcullis/` or `PORT
 | `PORTCULLIS_HOME` | `.portcullis` | Data, secrets, logs and tools of this stack. |
 | `PORTCULLIS_EDGE_HOST`, `PORTCULLIS_EDGE_PORT` | `127.0.0.1`, `8000` | Where the gateway listens. |
 | `PORTCULLIS_NATS_PORT`, `PORTCULLIS_REDIS_PORT`, `PORTCULLIS_POSTGRES_PORT` | free ones | Ports of the embedded servers. |
+| `PORTCULLIS_CONSOLE_PORT` | a free one | Port of the console, which is reached through the gateway, at `/console`. |
 | `PORTCULLIS_NATS_URL`, `PORTCULLIS_REDIS_URL`, `PORTCULLIS_DATABASE_URL` | | Your own server instead of the embedded one. |
 | `PORTCULLIS_METRICS_PORT` | free ones | The first of a row of ports, one for each process in the order of the path. |
 """

@@ -60,7 +60,7 @@ def test_each_service_has_only_the_secrets_that_it_needs(home: Home) -> None:
     assert holders == {
         "PORTCULLIS_DATABASE_URL": {"auth"},
         "PORTCULLIS_KEY_PEPPER": {"auth"},
-        "PORTCULLIS_ADMIN_TOKEN": {"auth"},
+        "PORTCULLIS_ADMIN_TOKEN": {"auth", "console"},
         "PORTCULLIS_NATS_ISSUER_SEED": {"auth"},
         "PORTCULLIS_REDIS_URL": {"limiter"},
         "PORTCULLIS_ENGINE_URL": {"detector_proxy"},
@@ -107,9 +107,58 @@ def test_scale_is_parsed_or_explained() -> None:
             stack.parse_scale([wrong])
 
 
+def test_there_can_be_one_console_only() -> None:
+    assert stack.parse_scale(["console=1"]) == {"console": 1}
+    with pytest.raises(stack.StackError, match="--scale console=2: there can be one console only"):
+        stack.parse_scale(["console=2"])
+
+
+def test_every_service_sends_its_traces_to_the_console_and_the_edge_finds_it(home: Home) -> None:
+    found = environments(plan(home))
+    url = f"http://127.0.0.1:{found['console']['PORTCULLIS_CONSOLE_PORT']}"
+    assert {name: one.get("OTEL_EXPORTER_OTLP_ENDPOINT") for name, one in found.items() if name in SERVICES} == {
+        name: None if name == "console" else url for name in SERVICES
+    }
+    assert found["edge"]["PORTCULLIS_CONSOLE_URL"] == url
+    assert environments(plan(home))["console"]["PORTCULLIS_CONSOLE_PORT"] == url.rpartition(":")[2]
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://collector:4318"},
+        {"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": "http://collector:4318/v1/traces"},
+        {"OTEL_SDK_DISABLED": "true"},
+    ],
+)
+def test_an_operators_own_collector_is_left_alone(home: Home, environment: dict[str, str]) -> None:
+    assert not any(name.startswith("OTEL_") for one in environments(plan(home, environment)).values() for name in one)
+
+
+@pytest.mark.parametrize(
+    ("environment", "is_open"),
+    [
+        ({}, "true"),
+        ({"PORTCULLIS_EDGE_HOST": "localhost"}, "true"),
+        ({"PORTCULLIS_CONSOLE_OPEN": "false"}, "false"),
+        ({"PORTCULLIS_EDGE_HOST": "0.0.0.0"}, None),
+        ({"PORTCULLIS_ALLOWED_HOSTS": "gateway.example,localhost"}, None),
+        ({"PORTCULLIS_TRUSTED_PROXIES": "127.0.0.1"}, None),
+        ({"PORTCULLIS_CORS_ORIGINS": "*"}, None),
+    ],
+)
+def test_the_console_is_open_only_where_nobody_else_reaches_it(
+    home: Home, environment: dict[str, str], is_open: str | None
+) -> None:
+    console = environments(plan(home, environment))["console"]
+    assert console.get("PORTCULLIS_CONSOLE_OPEN") == is_open
+    assert console["PORTCULLIS_CONSOLE_HOST"] == "127.0.0.1"
+    assert console["PORTCULLIS_ADMIN_TOKEN"]
+
+
 def test_no_two_processes_share_a_metrics_port(home: Home) -> None:
     planned = plan(home, {"PORTCULLIS_METRICS_PORT": "9100"}, edge=2, limiter=3)
-    assert [port for program in planned.programs for port in program.metrics_ports] == list(range(9100, 9100 + 9))
+    assert [port for program in planned.programs for port in program.metrics_ports] == list(range(9100, 9100 + 10))
     assert not any("PORTCULLIS_METRICS_PORT" in one for one in environments(planned).values())
 
 
@@ -146,7 +195,16 @@ def test_supervisor_reads_the_configuration_as_it_is_meant(home: Home) -> None:
     groups = read_by_supervisor(home, planned)
     assert {name: [process.name for process in group.process_configs] for name, group in groups.items()} == {
         "servers": ["nats_0", "redis_0"],
-        "services": ["auth_0", "limiter_0", "limiter_1", "limiter_2", "detector_proxy_0", "fallback_model_0", "jobs_0"],
+        "services": [
+            "auth_0",
+            "limiter_0",
+            "limiter_1",
+            "limiter_2",
+            "detector_proxy_0",
+            "fallback_model_0",
+            "jobs_0",
+            "console_0",
+        ],
         "edge": ["edge_0", "edge_1"],
     }
     assert groups["servers"].priority < groups["services"].priority < groups["edge"].priority
