@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import ssl
 import sys
 from typing import Annotated, Literal, TypeVar
 
-from pydantic import Field, SecretStr, ValidationError
+from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 
@@ -24,6 +25,15 @@ class CommonSettings(BaseSettings):
     metrics_host: str = "127.0.0.1"
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     log_format: Literal["auto", "json", "text"] = "auto"
+
+    @field_validator("nats_tls_ca")
+    @classmethod
+    def _holds_a_certificate(cls, path: str | None) -> str | None:
+        try:
+            ssl.create_default_context(cafile=path or None)
+        except OSError as error:  # what ssl raises for a file without a certificate, too
+            raise ValueError(f"no CA certificate can be read from that file ({error.strerror or 'unreadable'})") from None
+        return path
 
 
 SettingsT = TypeVar("SettingsT", bound=CommonSettings)
