@@ -38,7 +38,7 @@ API = tuple(
     STREAM.SNAPSHOT.{} STREAM.RESTORE.{} STREAM.MSG.GET.{} STREAM.MSG.DELETE.{} DIRECT.GET.{} DIRECT.GET.{}.a CONSUMER.NAMES.{}
     CONSUMER.LIST.{} CONSUMER.CREATE.{} CONSUMER.CREATE.{}.c CONSUMER.CREATE.{}.c.a CONSUMER.DURABLE.CREATE.{}.c
     CONSUMER.DELETE.{}.c CONSUMER.INFO.{}.c CONSUMER.MSG.NEXT.{}.c CONSUMER.PAUSE.{}.c
-    """.split()
+    """.split()  # noqa: SIM905
 )
 """What JetStream can be asked about a stream, and by whom it could be emptied."""
 
@@ -92,7 +92,7 @@ WILDCARDS = tuple(
     """
     > * *.> *.* *.*.* _INBOX.> _INBOX.*.> $SYS.> $JS.> $JS.API.> $JS.ACK.> $KV.> $SRV.> $SRV.*
     detect.> detect.v1.* batch.> jobs.> account.> admin.> events.> model.> usage.>
-    """.split()
+    """.split()  # noqa: SIM905
 )
 
 
