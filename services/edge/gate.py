@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
+from collections import Counter as Count
 from collections.abc import MutableMapping
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +37,16 @@ IN_FLIGHT = Gauge("portcullis_http_in_flight", "Calls that the edge is working o
 
 MAX_HEADERS = 100
 _METHODS = frozenset({"GET", "POST", "PATCH", "DELETE", "PUT", "HEAD", "OPTIONS"})
+# Whoever sends one of these twice wants it to be read in two ways: one by what stands in front of us, the other by us.
+_ONCE = (
+    b"authorization",
+    b"content-encoding",
+    b"content-type",
+    b"idempotency-key",
+    b"x-admin-token",
+    b"x-api-key",
+    b"x-request-timeout",
+)
 # Operators look at a full gateway most of all, so these are answered whatever is in flight.
 _ALWAYS = ("/health", "/metrics")
 
@@ -130,6 +141,8 @@ class Gate:
             hosts += name == b"host"
         if size > self._max_header_bytes or len(raw) > MAX_HEADERS:
             return PortcullisError(ErrorCode.HEADERS_TOO_LARGE)
+        if len(headers) < len(raw) and (repeated := _repeated(raw)) is not None:
+            return PortcullisError(ErrorCode.BAD_REQUEST, f"The header {repeated} is there more than once.")
         # HTTP/1.0 had no Host header.
         if hosts != 1 and not (hosts == 0 and scope["http_version"] == "1.0"):
             return PortcullisError(ErrorCode.BAD_REQUEST, "Exactly one Host header is needed.")
@@ -138,6 +151,11 @@ class Gate:
         if counted and self.in_flight >= self._max_in_flight:
             return PortcullisError(ErrorCode.OVERLOADED)
         return None
+
+
+def _repeated(raw: list[tuple[bytes, bytes]]) -> str | None:
+    counts = Count(name for name, _ in raw)
+    return next((name.decode("ascii") for name in _ONCE if counts[name] > 1), None)
 
 
 def _sane(value: bytes | None, pattern: re.Pattern[str]) -> str | None:
