@@ -31,7 +31,7 @@ from typing import Any, Generic, TypeVar
 
 import msgspec
 import nats.errors
-from faststream.nats import NatsBroker, NatsMessage
+from faststream.nats import NatsMessage
 from faststream.security import BaseSecurity, SASLPlaintext
 from nats.aio.client import Client
 from nats.aio.msg import Msg
@@ -51,7 +51,7 @@ from libs.common.context import (
 )
 from libs.common.contracts import ErrorBody, FieldError, InstanceLeft, Message, RateState, Reply, TraceKept, encode, raw
 from libs.common.errors import ErrorCode, PortcullisError
-from libs.common.guard import guard
+from libs.common.guard import GuardedBroker, PlainTextError, guard
 from libs.common.settings import CommonSettings
 from libs.common.subjects import (
     CLIENT_DISCONNECTED,
@@ -381,7 +381,7 @@ class Bus:
             security = SASLPlaintext(username=settings.nats_user, password=password, ssl_context=tls)
         elif tls is not None:
             security = BaseSecurity(ssl_context=tls)
-        self.broker = NatsBroker(
+        self.broker = GuardedBroker(
             settings.nats_url.split(","),
             name=connection_name(service, self.instance),
             security=security,
@@ -807,6 +807,8 @@ class Bus:
         telemetry.NATS_EVENTS.labels(event).inc()
         # Ten attempts to reconnect a second fail alike; that the connection is lost, and when it is back, has its own line.
         log.log(logging.WARNING if self.connected else logging.DEBUG, "NATS: %r", error)
+        if self.broker._connection is None and isinstance(error, ssl.SSLCertVerificationError | PlainTextError):
+            raise error  # out of `connect`: trying again for ever would help nobody
 
     async def _on_disconnected(self) -> None:
         telemetry.NATS_EVENTS.labels("disconnected").inc()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
+import ssl
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
@@ -16,6 +17,7 @@ import uvloop
 from libs.common import VERSION, tasks, telemetry, trace_export
 from libs.common import settings as settings_module
 from libs.common.bus import Bus
+from libs.common.guard import PlainTextError
 from libs.common.settings import CommonSettings
 
 log = logging.getLogger(__name__)
@@ -65,7 +67,17 @@ async def connect(bus: Bus, settings: CommonSettings) -> None:
                 raise ConfigurationError(
                     "NATS refuses the credentials; check PORTCULLIS_NATS_USER and PORTCULLIS_NATS_PASSWORD"
                 ) from None
+            if isinstance(error, PlainTextError):
+                raise ConfigurationError(
+                    "the NATS server offers no TLS, and nothing is sent to it without; "
+                    "check PORTCULLIS_NATS_URL, and leave PORTCULLIS_NATS_TLS_CA unset where no TLS is wanted"
+                ) from None
             raise
+        except ssl.SSLCertVerificationError as error:
+            raise ConfigurationError(
+                f"the certificate of the NATS server is not accepted ({error.verify_message}); "
+                "check PORTCULLIS_NATS_URL and PORTCULLIS_NATS_TLS_CA"
+            ) from None
         else:
             return
 
@@ -94,7 +106,7 @@ async def _serve_on(bus: Bus, settings: S, parts: Parts[S], front: Front[S], sto
         for beside in (telemetry.serve_metrics(settings), telemetry.watch_loop()):
             outside.push_async_callback(tasks.end, asyncio.create_task(beside))
         connecting: asyncio.Task[None] = asyncio.create_task(connect(bus, settings))
-        outside.push_async_callback(tasks.end, connecting)
+        outside.push_async_callback(_end_unless_done, connecting)
         await asyncio.wait({connecting}, timeout=CONNECT_GRACE_SECONDS)
         await outside.enter_async_context(front(bus, settings))
         if not await _unless(stop, connecting):
@@ -145,6 +157,12 @@ async def _entered(stop: asyncio.Event, stack: AsyncExitStack, parts: AbstractAs
         stopped.remove_done_callback(give_up)
         stopped.cancel()
     return True
+
+
+async def _end_unless_done(task: asyncio.Task[None]) -> None:
+    """As `tasks.end`, for a task whose failure somebody else tells of."""
+    if not task.done():
+        await tasks.end(task)
 
 
 async def _unless(stop: asyncio.Event, task: asyncio.Task[None]) -> bool:

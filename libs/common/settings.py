@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import ssl
 import sys
 from typing import Annotated, Literal, TypeVar
 
-from pydantic import Field, SecretStr, ValidationError
+from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 
@@ -31,6 +32,15 @@ class CommonSettings(BaseSettings):
     """A request that takes so long is sent to the collector."""
     trace_buffer_spans: Annotated[int, Field(ge=64)] = 16_384
     """Spans that each process remembers of requests about which nothing is decided yet; about 0.75 KB each."""
+
+    @field_validator("nats_tls_ca")
+    @classmethod
+    def _holds_a_certificate(cls, path: str | None) -> str | None:
+        try:
+            ssl.create_default_context(cafile=path or None)
+        except OSError as error:  # what ssl raises for a file without a certificate, too
+            raise ValueError(f"no CA certificate can be read from that file ({error.strerror or 'unreadable'})") from None
+        return path
 
 
 SettingsT = TypeVar("SettingsT", bound=CommonSettings)

@@ -109,7 +109,10 @@ POOL_PING = "$SRV.PING.portcullis-fallback-model"
 EVERYBODYS_STATS = "$SRV.STATS"
 
 SERVICES = ("edge", "auth", "limiter", "detector_proxy", "fallback_model", "jobs", "console")
+MICRO = ("PING", "INFO", "STATS")
+"""What is asked about services (NATS ADR-32)."""
 
+SERVICES = ("edge", "auth", "limiter", "detector_proxy", "fallback_model", "jobs")
 
 # Whose death concerns the requests that a service has pending: the stages that may have had them in hand.
 DEPENDS_ON: dict[str, frozenset[str]] = {
@@ -117,6 +120,11 @@ DEPENDS_ON: dict[str, frozenset[str]] = {
     "jobs": frozenset({"auth", "limiter", "detector_proxy"}),
     "detector_proxy": frozenset({"fallback_model"}),
 }
+
+
+def micro_name(service: str) -> str:
+    """How a service is called where it is asked about (`MICRO`)."""
+    return f"portcullis-{service}".replace("_", "-")
 
 
 def connection_name(service: str, instance: str) -> str:
@@ -195,7 +203,8 @@ def _service(name: str, publish: tuple[str, ...], subscribe: tuple[str, ...]) ->
         publish=(f"{INBOX_PREFIX}.>", EVENT_LEFT, *((EVENT_TRACE_KEPT,) if name in TRACES_BEGIN_IN else ()), *publish),
         subscribe=(
             f"{INBOX_PREFIX}.{name}.>",
-            "$SRV.>",
+            # Not `$SRV.*`: for the server, that includes the subscription `$SRV.>`.
+            *(f"$SRV.{asked}{of}" for asked in MICRO for of in ("", f".{micro_name(name)}", f".{micro_name(name)}.*")),
             EVENT_TRACE_KEPT,
             *((EVENT_LEFT, CLIENT_DISCONNECTED) if name in DEPENDS_ON else ()),
             *subscribe,

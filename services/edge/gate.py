@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
+from collections import Counter as Count
 from collections.abc import MutableMapping
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,16 @@ log = logging.getLogger(__name__)
 MAX_HEADERS = 100
 _UNMATCHED = "unmatched"
 _METHODS = frozenset({"GET", "POST", "PATCH", "DELETE", "PUT", "HEAD", "OPTIONS"})
+# Whoever sends one of these twice wants it to be read in two ways: one by what stands in front of us, the other by us.
+_ONCE = (
+    b"authorization",
+    b"content-encoding",
+    b"content-type",
+    b"idempotency-key",
+    b"x-admin-token",
+    b"x-api-key",
+    b"x-request-timeout",
+)
 # Operators look at a full gateway most of all, so these are answered whatever is in flight.
 _ALWAYS = ("/health", "/metrics", "/console")
 
@@ -143,6 +154,8 @@ class Gate:
             hosts += name == b"host"
         if size > self._max_header_bytes or len(raw) > MAX_HEADERS:
             return PortcullisError(ErrorCode.HEADERS_TOO_LARGE)
+        if len(headers) < len(raw) and (repeated := _repeated(raw)) is not None:
+            return PortcullisError(ErrorCode.BAD_REQUEST, f"The header {repeated} is there more than once.")
         # HTTP/1.0 had no Host header.
         if hosts != 1 and not (hosts == 0 and scope["http_version"] == "1.0"):
             return PortcullisError(ErrorCode.BAD_REQUEST, "Exactly one Host header is needed.")
@@ -151,6 +164,11 @@ class Gate:
         if counted and self.in_flight >= self._max_in_flight:
             return PortcullisError(ErrorCode.OVERLOADED)
         return None
+
+
+def _repeated(raw: list[tuple[bytes, bytes]]) -> str | None:
+    counts = Count(name for name, _ in raw)
+    return next((name.decode("ascii") for name in _ONCE if counts[name] > 1), None)
 
 
 def _sane(value: bytes | None, pattern: re.Pattern[str]) -> str | None:

@@ -45,8 +45,10 @@ class Protocol(HttpToolsProtocol):
     _deaf = False
     _resuming = False
     _header_bytes = 0
+    _framing_bytes = 0
     _header_timer: asyncio.TimerHandle | None = None
     _linger_timer: asyncio.TimerHandle | None = None
+    _reader_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's own does
         super().connection_made(transport)
@@ -62,6 +64,7 @@ class Protocol(HttpToolsProtocol):
         self._unset_keepalive_if_required()
         self._cancel_header_timer()
         self._cancel_linger_timer()
+        self._cancel_reader_timer()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -69,12 +72,16 @@ class Protocol(HttpToolsProtocol):
             return
         self._unset_keepalive_if_required()
         self._message_ended = False
+        self._framing_bytes += len(data)
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
             self._decline_upgrade(data[upgrade.args[0] :])
         except httptools.HttpParserError:
             self._refuse(PortcullisError(ErrorCode.BAD_REQUEST))
+        if self._receiving_body and self._framing_bytes > 2 * self.settings.max_header_bytes:
+            # An extension of a chunk or trailers, without end: nothing of it is body, whose size and time are bounded.
+            self._refuse(PortcullisError(ErrorCode.HEADERS_TOO_LARGE))
         if not self._receiving_headers:
             return
         # Not all of the headers came at once: they have so much time and room. (What a message ended in was not all headers.)
@@ -96,17 +103,22 @@ class Protocol(HttpToolsProtocol):
             super().on_url(url)
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if not self._resuming:
+        # What comes after the body (trailers) uvicorn would add to the headers, which a proxy may have gone through.
+        if self._receiving_headers and not self._resuming:
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         if self._resuming:
             return
         self._receiving_headers = False
-        self._header_bytes = 0
+        self._header_bytes = self._framing_bytes = 0
         self._cancel_header_timer()
         super().on_headers_complete()
         self._receiving_body = True
+
+    def on_body(self, body: bytes) -> None:
+        self._framing_bytes = 0
+        super().on_body(body)
 
     def on_message_complete(self) -> None:
         if self.parser.should_upgrade():
@@ -120,6 +132,15 @@ class Protocol(HttpToolsProtocol):
         if self._receiving_body and not self.transport.is_closing():
             self._linger_timer = self.loop.call_later(LINGER_SECONDS, self.transport.close)
         super().on_response_complete()
+
+    def pause_writing(self) -> None:
+        """The caller does not read its answers: what waits for it, and the place that it takes up, is not kept for ever."""
+        super().pause_writing()
+        self._reader_timer = self.loop.call_later(self.settings.read_timeout_seconds, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        self._cancel_reader_timer()
+        super().resume_writing()
 
     def _decline_upgrade(self, rest: bytes) -> None:
         """Go on in HTTP/1.1 when an upgrade was asked for, as some clients do with every request (`Upgrade: h2c`).
@@ -175,6 +196,11 @@ class Protocol(HttpToolsProtocol):
         if self._linger_timer is not None:
             self._linger_timer.cancel()
             self._linger_timer = None
+
+    def _cancel_reader_timer(self) -> None:
+        if self._reader_timer is not None:
+            self._reader_timer.cancel()
+            self._reader_timer = None
 
     @property
     def idle(self) -> bool:

@@ -33,6 +33,8 @@ class EdgeSettings(CommonSettings):
     """The deadline of a call; `X-Request-Timeout` may lower it."""
     header_timeout_seconds: Annotated[float, Field(gt=0)] = 10.0
     body_timeout_seconds: Annotated[float, Field(gt=0)] = 10.0
+    read_timeout_seconds: Annotated[float, Field(gt=0)] = 60.0
+    """How long a connection is kept whose caller takes nothing of what waits for it."""
     keep_alive_seconds: Annotated[int, Field(ge=1)] = 75
     """How long an idle connection is kept; longer than load balancers keep theirs, so that they close first."""
     edge_stop_grace_seconds: Annotated[float, Field(ge=0)] = 1.5
