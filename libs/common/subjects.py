@@ -112,7 +112,6 @@ SERVICES = ("edge", "auth", "limiter", "detector_proxy", "fallback_model", "jobs
 MICRO = ("PING", "INFO", "STATS")
 """What is asked about services (NATS ADR-32)."""
 
-SERVICES = ("edge", "auth", "limiter", "detector_proxy", "fallback_model", "jobs")
 
 # Whose death concerns the requests that a service has pending: the stages that may have had them in hand.
 DEPENDS_ON: dict[str, frozenset[str]] = {
