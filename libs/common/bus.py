@@ -38,7 +38,7 @@ from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 from nats.micro.service import ServiceConfig
 
-from libs.common import VERSION, meter, micro, telemetry
+from libs.common import VERSION, hops, meter, micro, tasks, telemetry, tracing
 from libs.common.clock import Clock, SystemClock
 from libs.common.context import (
     DEADLINE_HEADER,
@@ -49,7 +49,7 @@ from libs.common.context import (
     from_headers,
     parse_timings,
 )
-from libs.common.contracts import ErrorBody, FieldError, InstanceLeft, Message, RateState, Reply, encode, raw
+from libs.common.contracts import ErrorBody, FieldError, InstanceLeft, Message, RateState, Reply, TraceKept, encode, raw
 from libs.common.errors import ErrorCode, PortcullisError
 from libs.common.guard import guard
 from libs.common.settings import CommonSettings
@@ -58,7 +58,9 @@ from libs.common.subjects import (
     CLIENT_USER_PREFIX,
     DEPENDS_ON,
     EVENT_LEFT,
+    EVENT_TRACE_KEPT,
     INBOX_PREFIX,
+    TRACES_BEGIN_IN,
     client_inbox,
     connection_name,
     inbox,
@@ -78,6 +80,8 @@ RESEND_GRACE_SECONDS = 0.05
 """How long an answer may still come after a stage's death before the request is sent again."""
 MAX_DOOR_BYTES = 1024 * 1024
 """Of what a client sends in one message."""
+TELL_KEPT_SECONDS = 0.2
+"""How often the others are told which traces are kept: long before they have forgotten their spans of them."""
 HEADER_RESERVE_BYTES = 1024
 """What the headers of a message may take of the server's `max_payload`."""
 
@@ -132,6 +136,7 @@ class _Pending:
 
     future: asyncio.Future[Msg]
     again: Callable[[], Awaitable[None]] | None
+    span: tracing.Span
 
 
 _Waiting = Callable[[], int]
@@ -164,6 +169,8 @@ class _Stage(Generic[T]):
         self._decode = msgspec.json.Decoder(kind).decode
         self._handler = handler
         self._max_in_flight = max_in_flight
+        self._span_name = f"process {subject}"
+        self._span_attributes = tracing.messaging("process", subject, queue_group)
 
     async def accept(self, message: NatsMessage) -> None:
         """Start a task for a message, or refuse it at once when the stage is full."""
@@ -171,6 +178,7 @@ class _Stage(Generic[T]):
         origin = self._origin(msg)
         if len(self.tasks) >= self._max_in_flight:
             self.meter.count(ErrorCode.OVERLOADED, None)
+            self._trace_refusal(msg, origin)
             await self._bus.reply_error(origin, PortcullisError(ErrorCode.OVERLOADED, internal=f"{self.subject} is full"))
             return
         task = asyncio.get_running_loop().create_task(self._run(msg, origin))
@@ -182,9 +190,13 @@ class _Stage(Generic[T]):
         context: RequestContext | None = None
         rate: RateState | None = None
         outcome_name: str = meter.OK
+        span = tracing.NO_SPAN
         try:
             context = self._context(msg, origin)
             telemetry.request_id_var.set(context.request_id)
+            if span := self._begin(msg, context):
+                context = context.within(span.traceparent)
+            tracing.enter(context.traceparent, span or None)
             remaining = context.remaining_seconds(self._bus.clock.now())
             if remaining <= 0:
                 outcome_name = meter.EXPIRED
@@ -215,7 +227,19 @@ class _Stage(Generic[T]):
             log.exception("%s failed", self.subject)
             await self._bus.reply_error(origin, PortcullisError(ErrorCode.INTERNAL), context, rate)
         finally:
+            if span and context is not None:
+                hops.handled(span, context, outcome_name)
+            # After the span's end, which may be what a trace is kept for: the exemplar knows.
             self.meter.count(outcome_name, time.perf_counter_ns() - started)
+
+    def _begin(self, _: Msg, context: RequestContext) -> tracing.Span:
+        return tracing.begin(self._span_name, tracing.CONSUMER, context.traceparent, self._span_attributes)
+
+    def _trace_refusal(self, msg: Msg, origin: str | None) -> None:
+        if tracing.recorder() is not None:
+            with contextlib.suppress(PortcullisError):
+                context = self._context(msg, origin)
+                hops.handled(self._begin(msg, context), context, ErrorCode.OVERLOADED)
 
     def _origin(self, msg: Msg) -> str | None:
         return origin_of(msg.reply)
@@ -269,6 +293,11 @@ class _DoorStage(_Stage[T]):
         kept = {name: given[name] for name in (REQUEST_ID_HEADER, TRACEPARENT_HEADER) if name in given}
         # Without the origin: what is asked twice from one inbox is two requests.
         return from_headers({**kept, DEADLINE_HEADER: str(deadline_ms)})
+
+    def _begin(self, msg: Msg, context: RequestContext) -> tracing.Span:
+        # Nobody of ours is before it: the trace, or our part of the client's, begins here.
+        parent = context.traceparent if TRACEPARENT_HEADER in (msg.headers or {}) else ""
+        return tracing.root(self._span_name, tracing.CONSUMER, parent, self._span_attributes)
 
     async def _handle(self, msg: Msg, body: T, context: RequestContext) -> Outcome:
         return await self._door_handler(key_of(msg.subject), body, context)
@@ -338,6 +367,8 @@ class Bus:
         self._left: deque[str] = deque(maxlen=256)
         self._resending: set[asyncio.Task[None]] = set()
         self._sequence = 0
+        self._hops = hops.Hops()
+        self._telling: asyncio.Task[None] | None = None
         self._draining = False
         self._micro: micro.MicroService | None = None
         self._decode_reply = msgspec.json.Decoder(Reply).decode
@@ -465,6 +496,8 @@ class Bus:
 
     async def start(self) -> None:
         """Begin to take messages; everything the handlers need must be there."""
+        if (recorder := tracing.recorder()) is not None:
+            self._trace(recorder)
         await self.broker.start()
         config = ServiceConfig(
             name=f"portcullis-{self.service}".replace("_", "-"), version=VERSION, metadata=self.status.metadata
@@ -479,11 +512,14 @@ class Bus:
         if self.connected:
             # FastStream's own stop switches handlers off before it unsubscribes; what arrives in between would vanish.
             await asyncio.gather(*(self._drain_subscriber(subscriber) for subscriber in self.broker.subscribers))
-            tasks = [task for stage in self._stages for task in stage.tasks]
-            if tasks:
-                await asyncio.wait(tasks, timeout=DRAIN_TIMEOUT_SECONDS)
+            in_hand = [task for stage in self._stages for task in stage.tasks]
+            if in_hand:
+                await asyncio.wait(in_hand, timeout=DRAIN_TIMEOUT_SECONDS)
             for hook in self.on_drained:
                 await hook()
+            if self._telling is not None:
+                await tasks.end(self._telling)
+                await self._tell_kept()
             # A last forward may still be answered "no responders"; that answer is on its way back before this flush returns.
             await self.publish(EVENT_LEFT, InstanceLeft(service=self.service, instance=self.instance))
             await self._settle()
@@ -509,6 +545,24 @@ class Bus:
         Raises `PortcullisError`: STAGE_UNAVAILABLE (no connection, connection lost, `NoRespondersError`), DEADLINE_EXCEEDED,
         PAYLOAD_TOO_LARGE. An error reply is returned, not raised.
         """
+        headers = context.headers()
+        with self._hops.sending(subject, headers) as span:
+            response = await self._request(subject, message, context, headers, span, idempotent=idempotent, token=token)
+            if (error := response.reply.error) is not None:
+                span.set("portcullis.outcome", error.code)
+            return response
+
+    async def _request(
+        self,
+        subject: str,
+        message: Message,
+        context: RequestContext,
+        headers: dict[str, str],
+        span: tracing.Span,
+        *,
+        idempotent: bool,
+        token: str | None,
+    ) -> Response:
         future: asyncio.Future[Msg] = asyncio.get_running_loop().create_future()
         token = token or self._token()
 
@@ -519,9 +573,9 @@ class Bus:
         async def send() -> None:
             await self._publish(subject, payload, reply=f"{self._inbox}.{token}", headers=headers)
 
-        payload, headers = encode(message), context.headers()
+        payload = encode(message)
         self._waiting[token] = resolve
-        self._pending[token] = _Pending(future, send if idempotent else None)
+        self._pending[token] = _Pending(future, send if idempotent else None, span)
         try:
             await send()
             async with asyncio.timeout(context.remaining_seconds(self.clock.now())):
@@ -532,6 +586,7 @@ class Bus:
             del self._waiting[token], self._pending[token]
         answered = msg.headers or {}
         if answered.get("Status") == "503":
+            span.event(hops.NO_RESPONDERS)
             raise NoRespondersError(subject)
         try:
             reply = self._decode_reply(msg.data)
@@ -559,20 +614,21 @@ class Bus:
                 complete.set()
 
         self._waiting[token] = collect
+        headers = context.headers()
+        span = self._hops.sending(subject, headers) if message is not None else tracing.NO_SPAN
         try:
             await self._publish(
-                subject,
-                encode(message) if message is not None else b"",
-                reply=f"{self._inbox}.{token}",
-                headers=context.headers(),
+                subject, encode(message) if message is not None else b"", reply=f"{self._inbox}.{token}", headers=headers
             )
             async with asyncio.timeout(min(window_seconds, context.remaining_seconds(self.clock.now()))):
                 await complete.wait()
         except TimeoutError:
             pass
         except PortcullisError as error:
+            span.fail(str(error.code))
             log.info("gather on %s: %s", subject, error)
         finally:
+            span.end()
             del self._waiting[token]
         return answers
 
@@ -606,7 +662,10 @@ class Bus:
 
     async def forward(self, forward: Forward, origin: str | None, context: RequestContext) -> None:
         reply = f"{self._inbox}.{origin}" if origin else ""
-        await self._publish(forward.subject, encode(forward.message), reply=reply, headers=context.headers())
+        headers = context.headers()
+        with self._hops.sending(forward.subject, headers) as span:
+            self._hops.forwarded(origin, span)
+            await self._publish(forward.subject, encode(forward.message), reply=reply, headers=headers)
 
     async def answer(self, origin: str | None, answer: Answer, context: RequestContext) -> None:
         result = answer.result if isinstance(answer.result, msgspec.Raw) else raw(answer.result)
@@ -665,6 +724,30 @@ class Bus:
         except nats.errors.Error as error:
             raise PortcullisError(ErrorCode.STAGE_UNAVAILABLE, internal=f"publish to {subject}: {error!r}") from error
 
+    # --- traces ----------------------------------------------------------------------------------------------------------
+
+    def _trace(self, recorder: tracing.Recorder) -> None:
+        """Hear which traces are kept, and, where traces begin, tell it."""
+
+        async def kept(news: TraceKept) -> None:
+            recorder.keep(news.trace_ids)
+
+        async def tell() -> None:
+            while True:
+                await asyncio.sleep(TELL_KEPT_SECONDS)
+                await self._tell_kept()
+
+        self.on_event(EVENT_TRACE_KEPT, TraceKept, kept)
+        if self.service in TRACES_BEGIN_IN:
+            self._telling = asyncio.get_running_loop().create_task(tell())
+
+    async def _tell_kept(self) -> None:
+        recorder = tracing.recorder()
+        if recorder is None or not self.connected or not (news := recorder.news()):
+            return
+        with contextlib.suppress(PortcullisError):  # the connection has just gone: those traces stay incomplete
+            await self.publish(EVENT_TRACE_KEPT, TraceKept(trace_ids=news))
+
     # --- the connection's own events -------------------------------------------------------------------------------------
 
     def _token(self) -> str:
@@ -678,6 +761,7 @@ class Bus:
         rest = msg.subject[len(self._inbox) + 1 :]
         if rest.startswith(INBOX_PREFIX):
             # Only the server writes here: a forward found no subscriber.
+            self._hops.not_received(rest)
             await self.reply_error(rest, PortcullisError(ErrorCode.STAGE_UNAVAILABLE, internal="the next stage is away"))
         elif (resolve := self._waiting.get(rest)) is not None:
             resolve(msg)
@@ -710,6 +794,7 @@ class Bus:
                 continue
             again, pending.again = pending.again, None
             telemetry.RESENT.inc()
+            pending.span.event(hops.SENT_AGAIN)
             try:
                 await again()
             except PortcullisError as error:

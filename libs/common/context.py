@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 import secrets
 from dataclasses import dataclass, field
@@ -23,8 +24,17 @@ def new_request_id() -> str:
     return secrets.token_hex(16)
 
 
+# Ids of traces and spans need not be secret, and one is made for every step of every request.
+_ids = random.Random(secrets.randbits(256))  # noqa: S311
+
+
+def new_span_id() -> str:
+    return f"{_ids.getrandbits(64) or 1:016x}"
+
+
 def new_traceparent() -> str:
-    return f"00-{secrets.token_hex(16)}-{secrets.token_hex(8)}-01"
+    """Of a trace that begins here, and of which nothing is known to be recorded (flag `sampled` unset)."""
+    return f"00-{_ids.getrandbits(128) or 1:032x}-{new_span_id()}-00"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +54,10 @@ class RequestContext:
     def remaining_seconds(self, now: float) -> float:
         """Seconds until the deadline, negative after it. `now`: epoch seconds."""
         return self.deadline_ms / 1000 - now
+
+    def within(self, traceparent: str) -> RequestContext:
+        """The same request, as the children of another span see it."""
+        return RequestContext(self.deadline_ms, self.request_id, traceparent, self.timings, self.attempt_of)
 
     def headers(self) -> dict[str, str]:
         headers = {

@@ -405,6 +405,12 @@ class InstanceLeft(Message, frozen=True):
     instance: str
 
 
+class TraceKept(Message, frozen=True):
+    """Broadcast when requests turned out to be worth it: whoever has spans of these traces (32 hex digits each) exports them."""
+
+    trace_ids: tuple[str, ...]
+
+
 # --- usage ---------------------------------------------------------------------------------------------------------------
 
 

@@ -13,7 +13,7 @@ from typing import TypeVar
 import nats.errors
 import uvloop
 
-from libs.common import VERSION, tasks, telemetry
+from libs.common import VERSION, tasks, telemetry, trace_export
 from libs.common import settings as settings_module
 from libs.common.bus import Bus
 from libs.common.settings import CommonSettings
@@ -78,6 +78,18 @@ async def _serve(service: str, settings: S, parts: Parts[S], front: Front[S]) ->
     bus = Bus(service, settings)
     telemetry.setup_logging(service, bus.instance, settings)
     telemetry.BUILD.labels(VERSION).set(1)
+    try:
+        exporter = trace_export.start(service, bus.instance, settings)
+    except ValueError as error:
+        raise ConfigurationError(str(error)) from None
+    try:
+        return await _serve_on(bus, settings, parts, front, stop)
+    finally:
+        if exporter is not None:
+            exporter.close()
+
+
+async def _serve_on(bus: Bus, settings: S, parts: Parts[S], front: Front[S], stop: asyncio.Event) -> int:
     async with AsyncExitStack() as outside:
         for beside in (telemetry.serve_metrics(settings), telemetry.watch_loop()):
             outside.push_async_callback(tasks.end, asyncio.create_task(beside))

@@ -24,6 +24,13 @@ class CommonSettings(BaseSettings):
     metrics_host: str = "127.0.0.1"
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     log_format: Literal["auto", "json", "text"] = "auto"
+    trace_per_second: Annotated[int, Field(ge=0)] = 10
+    """So many traces a second are sent to the collector from their beginning, by each process in which traces begin; beside every
+    failure and every slow request. Nothing is recorded unless `OTEL_EXPORTER_OTLP_ENDPOINT` names a collector."""
+    trace_slow_ms: Annotated[float, Field(gt=0)] = 1000.0
+    """A request that takes so long is sent to the collector."""
+    trace_buffer_spans: Annotated[int, Field(ge=64)] = 16_384
+    """Spans that each process remembers of requests about which nothing is decided yet; about 0.75 KB each."""
 
 
 SettingsT = TypeVar("SettingsT", bound=CommonSettings)

@@ -87,6 +87,10 @@ BREAKERS_RESET = "breakers.v1.reset"
 EVENT_KEY_CHANGED = "events.v1.key.changed"
 EVENT_BREAKER_CHANGED = "events.v1.breaker.changed"
 
+# Traces that are worth keeping, told by the processes in which they began to all others.
+EVENT_TRACE_KEPT = "events.v1.trace.kept"
+TRACES_BEGIN_IN = frozenset({"edge", "jobs"})
+
 # A process that has drained says so before it goes; whoever disappears without a word has died with work in hand.
 EVENT_LEFT = "events.v1.instance.left"
 # The NATS account of all services, and the server's own word that a connection of it has ended (imported from the system
@@ -186,10 +190,11 @@ def door_permissions(key_id: str) -> Permissions:
 def _service(name: str, publish: tuple[str, ...], subscribe: tuple[str, ...]) -> Permissions:
     # Replies go to inboxes that cannot be guessed (instance and token); only a service's own can be read.
     return Permissions(
-        publish=(f"{INBOX_PREFIX}.>", EVENT_LEFT, *publish),
+        publish=(f"{INBOX_PREFIX}.>", EVENT_LEFT, *((EVENT_TRACE_KEPT,) if name in TRACES_BEGIN_IN else ()), *publish),
         subscribe=(
             f"{INBOX_PREFIX}.{name}.>",
             "$SRV.>",
+            EVENT_TRACE_KEPT,
             *((EVENT_LEFT, CLIENT_DISCONNECTED) if name in DEPENDS_ON else ()),
             *subscribe,
         ),

@@ -86,6 +86,8 @@ class _JsonFormatter(logging.Formatter):
         }
         if request_id := request_id_var.get():
             entry["request_id"] = request_id
+        if traceparent := tracing.here():
+            entry["trace_id"], entry["span_id"] = traceparent[3:35], traceparent[36:52]
         if record.exc_info:
             entry["exception"] = self.formatException(record.exc_info)
         return msgspec.json.encode(entry).decode()

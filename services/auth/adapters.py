@@ -36,7 +36,7 @@ from sqlalchemy.pool import AsyncAdaptedQueuePool, NullPool
 from sqlmodel import col, select
 from sqlmodel.ext.asyncio.session import AsyncSession
 
-from libs.common import telemetry
+from libs.common import telemetry, tracing
 from libs.common.bus import Bus
 from libs.common.clock import Clock
 from libs.common.contracts import DayUsage, KeyChanged, Scope
@@ -59,6 +59,7 @@ OPERATION_TIMEOUT_SECONDS: Final = 5.0
 CHECK_TIMEOUT_SECONDS: Final = 0.5
 MIGRATION_TIMEOUT_SECONDS: Final = 300.0
 _BEGAN: Final = "portcullis.began"
+_POSTGRES: Final = (("db.system.name", "postgresql"),)
 USAGE_LOCK: Final = 0x706F_7274_7573_6167
 """Key of the advisory lock of the replica that counts usage: "portusag"."""
 
@@ -167,8 +168,10 @@ class PostgresKeys:
         self._engine = engine
 
     @asynccontextmanager
-    async def _transaction(self) -> AsyncIterator[AsyncSession]:
-        with translated():
+    async def _transaction(self, operation: str, table: str) -> AsyncIterator[AsyncSession]:
+        """`operation` and `table`: what it is about, for traces."""
+        attributes = (*_POSTGRES, ("db.operation.name", operation), ("db.collection.name", table))
+        with translated(), tracing.span(f"{operation} {table}", tracing.CLIENT, attributes):
             async with (
                 asyncio.timeout(OPERATION_TIMEOUT_SECONDS),
                 AsyncSession(self._engine, expire_on_commit=False) as session,
@@ -177,14 +180,14 @@ class PostgresKeys:
                 yield session
 
     async def find(self, key_ids: Sequence[str]) -> dict[str, StoredKey]:
-        async with self._transaction() as session:
+        async with self._transaction("SELECT", "api_keys") as session:
             # One array, not a list of parameters: one prepared statement, whatever the number of keys.
             wanted = bindparam("wanted", list(key_ids), type_=ARRAY(String))
             rows = await session.exec(select(ApiKey).where(col(ApiKey.key_id) == func.any(wanted)))
             return {row.key_id: _stored(row) for row in rows}
 
     async def add(self, key: StoredKey) -> None:
-        async with self._transaction() as session:
+        async with self._transaction("INSERT", "api_keys") as session:
             session.add(
                 ApiKey(
                     key_id=key.key_id,
@@ -201,7 +204,7 @@ class PostgresKeys:
     async def replace_secret(
         self, key_id: str, *, current: bytes, new: bytes, previous_valid_until: datetime
     ) -> StoredKey | None:
-        async with self._transaction() as session:
+        async with self._transaction("UPDATE", "api_keys") as session:
             # Compared and set in one statement: of two rotations at once, one finds that its secret is not the current one.
             found = await session.exec(
                 update(ApiKey)
@@ -212,7 +215,7 @@ class PostgresKeys:
             return _stored_or_none(found.scalar_one_or_none())
 
     async def revoke(self, key_id: str, at: datetime) -> StoredKey | None:
-        async with self._transaction() as session:
+        async with self._transaction("UPDATE", "api_keys") as session:
             found = await session.exec(
                 update(ApiKey)
                 .where(col(ApiKey.key_id) == key_id)
@@ -230,7 +233,7 @@ class PostgresKeys:
             "expires_at": changes.expires_at,
         }
         values = {name: value for name, value in values.items() if value is not None}
-        async with self._transaction() as session:
+        async with self._transaction("UPDATE", "api_keys") as session:
             is_it = (col(ApiKey.key_id) == key_id, col(ApiKey.revoked_at).is_(None))
             if not values:
                 return _stored_or_none((await session.exec(select(ApiKey).where(*is_it))).one_or_none())
@@ -238,13 +241,13 @@ class PostgresKeys:
             return _stored_or_none(found.scalar_one_or_none())
 
     async def usage(self, key_ids: Sequence[str]) -> dict[str, Usage]:
-        async with self._transaction() as session:
+        async with self._transaction("SELECT", "key_totals") as session:
             wanted = bindparam("wanted", list(key_ids), type_=ARRAY(String))
             rows = await session.exec(select(KeyTotals).where(col(KeyTotals.key_id) == func.any(wanted)))
             return {row.key_id: Usage(row.requests, row.malicious, row.last_used_at) for row in rows}
 
     async def days(self, key_id: str, since: date) -> Usage:
-        async with self._transaction() as session:
+        async with self._transaction("SELECT", "key_days") as session:
             totals = await session.get(KeyTotals, key_id)
             if totals is None:
                 return Usage()
@@ -255,7 +258,7 @@ class PostgresKeys:
             return Usage(totals.requests, totals.malicious, totals.last_used_at, days)
 
     async def page(self, after: str | None, limit: int) -> list[StoredKey] | None:
-        async with self._transaction() as session:
+        async with self._transaction("SELECT", "api_keys") as session:
             query = select(ApiKey).order_by(col(ApiKey.created_at), col(ApiKey.key_id)).limit(limit)
             if after is not None:
                 last = await session.get(ApiKey, after)

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from libs.common import tasks
+from libs.common import tasks, tracing
 from libs.common.clock import Clock
 from libs.common.contracts import Credential, Principal
 from libs.common.errors import ErrorCode, PortcullisError
@@ -39,10 +39,14 @@ class _Entry:
 
 @dataclass(slots=True, eq=False)
 class _Flight:
-    """One read of one key. `overtaken`: the key was changed after the read began, so its outcome must not be used."""
+    """One read of one key. `overtaken`: the key was changed after the read began, so its outcome must not be used.
+
+    `traceparent`: of the request that has asked for it first.
+    """
 
     key_id: str
     overtaken: bool = False
+    traceparent: str = field(default_factory=tracing.here)
     outcome: asyncio.Future[VerifiableKey | None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
     def __post_init__(self) -> None:
@@ -157,17 +161,18 @@ class KeyCache:
             self._begin(key_id)
 
     async def _read(self, key_id: str, timeout_seconds: float) -> VerifiableKey | None:
-        try:
-            async with asyncio.timeout(timeout_seconds):
-                while True:
-                    flight = self._flights.get(key_id) or self._begin(key_id)
-                    # Shielded: the flight belongs to everybody who waits for this key.
-                    key = await asyncio.shield(flight.outcome)
-                    if not flight.overtaken:
-                        metrics.READ.inc()
-                        return key
-        except TimeoutError:
-            raise StoreUnavailableError("PostgreSQL did not answer in time") from None
+        with tracing.span("look up key"):
+            try:
+                async with asyncio.timeout(timeout_seconds):
+                    while True:
+                        flight = self._flights.get(key_id) or self._begin(key_id)
+                        # Shielded: the flight belongs to everybody who waits for this key.
+                        key = await asyncio.shield(flight.outcome)
+                        if not flight.overtaken:
+                            metrics.READ.inc()
+                            return key
+            except TimeoutError:
+                raise StoreUnavailableError("PostgreSQL did not answer in time") from None
 
     def _begin(self, key_id: str) -> _Flight:
         flight = self._flights[key_id] = _Flight(key_id)
@@ -179,6 +184,8 @@ class KeyCache:
     async def _read_queue(self) -> None:
         while self._queue:
             flights, self._queue = self._queue[:BATCH_KEYS], self._queue[BATCH_KEYS:]
+            # One read for many requests is shown in the trace of one of them: of the first.
+            tracing.enter(flights[0].traceparent)
             # The age of what is read counts from before the read.
             began = self._clock.monotonic()
             try:
@@ -246,6 +253,7 @@ class Authenticator:
             if key is None:
                 break
             if (match := key.match(presented, self._clock.now())) is not None:
+                tracing.annotate("portcullis.key_id", credential.key_id)
                 return Caller(key.principal, match, presented, key.valid_until(match))
             if key.revoked:
                 break

@@ -111,5 +111,6 @@ def _bulk(bus: Bus, guarded: GuardedEngine, settings: DetectorProxySettings) -> 
         max_concurrency=places,
         timeout_seconds=settings.engine_timeout_seconds,
         lane="bulk",
+        one_of_many=True,
     )
     return OneByOne(alone, bus.clock, places)

@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
-from libs.common import telemetry
+from libs.common import telemetry, tracing
 from libs.common.clock import Clock
 from libs.common.context import RequestContext
 from libs.common.contracts import DetectPayload, ThreatType, Verdict
@@ -24,6 +24,8 @@ from services.detector_proxy.metrics import ENGINE_CALLS, ENGINE_DURATION, ENGIN
 from services.detector_proxy.ports import BulkEngine, Engine, EngineError, EngineResult, Outcome
 
 T = TypeVar("T")
+
+_SPAN = "engine detect"
 
 PRIMARY = "primary"
 FALLBACK = "fallback"
@@ -53,13 +55,19 @@ class GuardedEngine:
         max_concurrency: int,
         timeout_seconds: float = math.inf,
         lane: str = "single",
+        one_of_many: bool = False,
     ) -> None:
-        """`lane`, for the metrics: `single` texts or `bulk`."""
+        """`lane`, for the metrics: `single` texts or `bulk`.
+
+        `one_of_many`: it is called once for each text of many; only calls that fail or are slow have a span then.
+        """
         self.role = role
         self.engine = engine
         self.breaker = breaker
         self._max_concurrency = max_concurrency
         self._timeout_seconds = timeout_seconds
+        self._one_of_many = one_of_many
+        self._span_attributes: tracing.Attributes = (("portcullis.engine.role", role), ("portcullis.engine.name", engine.name))
         self._running = 0
         self._succeeded = ENGINE_CALLS.labels(role, "ok")
         self._durations = {result: ENGINE_DURATION.labels(role, result) for result in ("ok", "failed")}
@@ -68,17 +76,30 @@ class GuardedEngine:
 
     async def detect(self, payload: DetectPayload, context: RequestContext, allotted_seconds: float) -> EngineResult:
         """Ask the engine, for at most `allotted_seconds` and at most its own timeout. Raises `EngineError`."""
-        return await self.call(lambda seconds: self.engine.detect(payload, context, seconds), allotted_seconds)
+        return await self.call(lambda inside, seconds: self.engine.detect(payload, inside, seconds), context, allotted_seconds)
 
-    async def call(self, ask: Callable[[float], Awaitable[T]], allotted_seconds: float) -> T:
-        """As `detect`, for any way to ask; it is told how many seconds it has."""
+    async def call(
+        self, ask: Callable[[RequestContext, float], Awaitable[T]], context: RequestContext, allotted_seconds: float
+    ) -> T:
+        """As `detect`, for any way to ask; it is given the context, within this call's span, and told how many seconds it has."""
+        span = tracing.begin(_SPAN, tracing.CLIENT, context.traceparent, self._span_attributes)
+        # A call that may have no span must not be named as anybody's parent.
+        inside = context.within(span.traceparent) if span and not self._one_of_many else context
         try:
-            result = await self._call(ask, allotted_seconds)
+            result = await self._call(lambda seconds: ask(inside, seconds), allotted_seconds)
         except EngineError as error:
             ENGINE_CALLS.labels(self.role, error.reason).inc()
+            span.fail(error.reason)
             raise
-        self._succeeded.inc()
-        return result
+        except BaseException as error:
+            span.fail(tracing.word_for(error))
+            raise
+        else:
+            self._succeeded.inc()
+            return result
+        finally:
+            if span.error or not self._one_of_many or span.is_slow:
+                span.end()
 
     async def _call(self, ask: Callable[[float], Awaitable[T]], allotted_seconds: float) -> T:
         # Full means "elsewhere, at once": a queue in front of a slow engine would only use up the callers' time.
@@ -161,7 +182,7 @@ class AllAtOnce:
     ) -> list[Outcome]:
         try:
             return await self._guarded.call(
-                lambda seconds: self._engine.detect_many(payloads, context, seconds), allotted_seconds
+                lambda inside, seconds: self._engine.detect_many(payloads, inside, seconds), context, allotted_seconds
             )
         except EngineError as error:
             return [error] * len(payloads)

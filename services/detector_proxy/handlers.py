@@ -7,6 +7,7 @@ from datetime import datetime
 
 import msgspec
 
+from libs.common import tracing
 from libs.common.bus import Answer
 from libs.common.clock import Clock
 from libs.common.context import RequestContext
@@ -54,6 +55,8 @@ async def detect(message: AdmittedDetect, context: RequestContext, judge: Judge,
     if message.rate.degraded and not verdict.degraded:
         verdict = msgspec.structs.replace(verdict, degraded=True)
     count_verdict(verdict)
+    tracing.annotate("portcullis.is_malicious", verdict.is_malicious)
+    tracing.annotate("portcullis.degraded", verdict.degraded)
     return Answer(verdict, rate=message.rate)
 
 
@@ -75,6 +78,8 @@ async def detect_many(message: DetectItems, context: RequestContext, judge: Bulk
             ),
             context.attempt_of,
         )
+    tracing.annotate("portcullis.items", len(outcomes))
+    tracing.annotate("portcullis.failed_items", sum(isinstance(outcome, PortcullisError) for outcome in outcomes))
     return Answer(ItemResults(results=tuple(_item(outcome, message.rate_degraded) for outcome in outcomes)))
 
 

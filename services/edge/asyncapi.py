@@ -134,6 +134,10 @@ CHANNELS = (
         every_replica=True,
     ),
     Channel(
+        subjects.EVENT_TRACE_KEPT, contracts.TraceKept, "edge", "anyone", "Traces of which every process exports its spans",
+        every_replica=True,
+    ),
+    Channel(
         subjects.USAGE_RECORDED, contracts.UsageRecorded, "detector_proxy", "auth",
         f"An admitted call, kept by the JetStream stream {subjects.USAGE_STREAM} until it is counted",
     ),

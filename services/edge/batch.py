@@ -23,7 +23,7 @@ from fastapi import Request, Response
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
-from libs.common import subjects, tasks
+from libs.common import subjects, tasks, tracing
 from libs.common.context import RequestContext
 from libs.common.contracts import (
     AccountRequest,
@@ -54,6 +54,8 @@ PAUSE_SECONDS = (0.05, 1.0)
 STOP_SECONDS = 10.0
 """When the process is about to stop: how long a list that has been charged may still take."""
 _COMES_BACK = frozenset({ErrorCode.STAGE_UNAVAILABLE, ErrorCode.OVERLOADED})
+_MOST_ITEM_SPANS = 8
+"""Items of one message that failed and are shown in the trace, each by itself."""
 _STOPPING = "The gateway is about to stop; send the rest again."
 
 _ADMISSION = msgspec.json.Decoder(Admission)
@@ -253,6 +255,7 @@ class Desk:
         self.clock = stages.clock
         self.rate: RateState | None = None
         self._stages = stages
+        self.key_id = credential.key_id
         self._credential = credential
         self._seconds = seconds
 
@@ -335,6 +338,7 @@ class Run:
             raise core.invalid_field("body", "Expected at least one line")
         if self.desk.rate is None:  # nothing to be charged yet, and the caller is still unknown
             await self.desk.identify()
+        tracing.annotate("portcullis.key_id", self.desk.key_id)
 
     async def answer(self, write: Callable[[bytes], Awaitable[None]]) -> None:
         """Do the work, and write the lines, the summary last."""
@@ -357,11 +361,22 @@ class Run:
                     break
         spent_ms = round((self.desk.clock.monotonic() - self.desk.call.arrived) * 1000, 3)
         summary = self._tally.summary(spent_ms, stopped, next_index)
+        self._trace(stopped)
         if self._in_order:
             await write(items.encode_whole((line for _, line in sorted(self._held)), summary))
             return
         last = self._frame("error", items.encode_stop(stopped, next_index)) if stopped is not None else b""
         await write(last + self._frame("summary", items.encode_summary(summary)))
+
+    def _trace(self, stopped: PortcullisError | None) -> None:
+        tracing.annotate("portcullis.items", self._tally.total)
+        tracing.annotate("portcullis.failed_items", self._tally.failed)
+        tracing.annotate("portcullis.degraded", self._tally.degraded > 0)
+        if stopped is not None:
+            tracing.annotate("portcullis.outcome", str(stopped.code))
+            tracing.fail(str(stopped.code))
+        elif self._tally.failed:
+            tracing.refuse()
 
     async def _take(self) -> list[Entry]:
         """The next items; what has a text has been charged."""
@@ -388,7 +403,9 @@ class Run:
         if texts:
             began = self.desk.clock.monotonic()
             judged = await self._judged(texts)
-            self._pace.answered(len(texts), self.desk.clock.monotonic() - began)
+            seconds = self.desk.clock.monotonic() - began
+            self._pace.answered(len(texts), seconds)
+            _trace_failures(texts, judged, seconds)
             lines += [items.line_of(entry, outcome, self._config) for entry, outcome in zip(texts, judged, strict=True)]
         await self._tell(lines)
         self._pace.end(len(entries), characters)
@@ -423,6 +440,12 @@ class Run:
                 pieces.append(self._frame(kind, encoded))
         if pieces:
             await self._write(b"".join(pieces))
+
+
+def _trace_failures(texts: list[Entry], judged: list[Verdict | PortcullisError], seconds: float) -> None:
+    failed = [(entry.index, each.code) for entry, each in zip(texts, judged, strict=True) if isinstance(each, PortcullisError)]
+    for index, code in failed[:_MOST_ITEM_SPANS]:
+        tracing.record("item", seconds, own=(("portcullis.item.index", index),), error=str(code))
 
 
 async def _nowhere(_: bytes) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from libs.common import telemetry
+from libs.common import telemetry, tracing
 from libs.common.clock import Clock
 from libs.common.context import REQUEST_ID_PATTERN, TRACEPARENT_PATTERN, new_request_id, new_traceparent
 from libs.common.errors import ErrorCode, PortcullisError
@@ -27,9 +27,13 @@ from services.edge.settings import EdgeSettings
 log = logging.getLogger(__name__)
 
 MAX_HEADERS = 100
+_UNMATCHED = "unmatched"
 _METHODS = frozenset({"GET", "POST", "PATCH", "DELETE", "PUT", "HEAD", "OPTIONS"})
 # Operators look at a full gateway most of all, so these are answered whatever is in flight.
 _ALWAYS = ("/health", "/metrics")
+
+_UNTRACED = (*_ALWAYS, "/console")
+"""Asked every few seconds by machines, or watched for hours: no requests that anybody would look for."""
 
 CALL = "portcullis.call"
 """Where the `Call` is in the ASGI scope."""
@@ -37,7 +41,10 @@ CALL = "portcullis.call"
 
 @dataclass(slots=True)
 class Call:
-    """One request. `headers`: by lower-case name, the last of equal names; `arrived`: monotonic seconds."""
+    """One request. `headers`: by lower-case name, the last of equal names; `arrived`: monotonic seconds.
+
+    `traceparent`: of the edge's own span, under which everything else happens.
+    """
 
     request_id: str
     traceparent: str
@@ -69,12 +76,19 @@ class Gate:
             return
         arrived = self._clock.monotonic()
         headers = dict(scope["headers"])
+        traceparent = _sane(headers.get(b"traceparent"), TRACEPARENT_PATTERN) or ""
+        span = tracing.NO_SPAN
+        if not scope["path"].startswith(_UNTRACED):
+            span = tracing.root("", tracing.SERVER, traceparent)
+            span.set("portcullis.outcome", "ok")  # until something else is said
         call = scope[CALL] = Call(
             _sane(headers.get(b"x-request-id"), REQUEST_ID_PATTERN) or new_request_id(),
-            _sane(headers.get(b"traceparent"), TRACEPARENT_PATTERN) or new_traceparent(),
+            span.traceparent or traceparent or new_traceparent(),
             headers,
             arrived,
         )
+        telemetry.request_id_var.set(call.request_id)
+        tracing.enter(call.traceparent, span or None)
         status = 0
 
         async def stamped(message: Message) -> None:
@@ -111,6 +125,8 @@ class Gate:
                 IN_FLIGHT.dec()
             route = _route(scope)
             method = scope["method"] if scope["method"] in _METHODS else "other"
+            if span:
+                _end(span, call, method, route, status)
             REQUESTS.labels(method, route, status).inc()
             DURATION.labels(route, status_class(status)).observe(self._clock.monotonic() - arrived, telemetry.exemplar())
 
@@ -143,7 +159,23 @@ def _sane(value: bytes | None, pattern: re.Pattern[str]) -> str | None:
 def _route(scope: Scope) -> str:
     """The template of the path, never the path itself: labels stay few, whatever is asked for."""
     route = scope.get("route")
-    return getattr(route, "path", "unmatched")
+    return getattr(route, "path", _UNMATCHED)
+
+
+def _end(span: tracing.Span, call: Call, method: str, route: str, status: int) -> None:
+    """https://opentelemetry.io/docs/specs/semconv/http/http-spans/: a refusal is not the server's error."""
+    span.name = f"{method} {route}" if route != _UNMATCHED else method
+    span.set("http.request.method", method)
+    span.set("http.route", route)
+    span.set("portcullis.request_id", call.request_id)
+    if status:
+        span.set("http.response.status_code", status)
+    else:
+        span.set("portcullis.outcome", "caller_gone")
+    if status >= 500:
+        span.fail(str(status))
+    span.refused = span.refused or 400 <= status < 500
+    span.end()
 
 
 def _internal(call: Call) -> Response:

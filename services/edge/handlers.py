@@ -9,7 +9,7 @@ import msgspec
 from fastapi import Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from libs.common import subjects
+from libs.common import subjects, tracing
 from libs.common.context import RequestContext
 from libs.common.contracts import (
     AccountRequest,
@@ -112,6 +112,12 @@ class Handlers:
         answered = await self._ask(subjects.DETECT_REQUEST, DetectRequest(credential=credential, payload=raw(payload)), context)
         verdict = decoded(answered, _VERDICT)
         rate = answered.reply.rate
+        degraded = verdict.degraded or (rate is not None and rate.degraded)
+        tracing.annotate("portcullis.key_id", credential.key_id)
+        tracing.annotate("portcullis.is_malicious", verdict.is_malicious)
+        tracing.annotate("portcullis.degraded", degraded)
+        if verdict.coverage is not None:
+            tracing.annotate("portcullis.tokens", verdict.coverage.tokens)
         spent_ms = round((self._stages.clock.monotonic() - call.arrived) * 1000, 3)
         answer = DetectAnswer(
             is_malicious=verdict.is_malicious,
@@ -120,7 +126,7 @@ class Handlers:
             processing_time_ms=spent_ms,
             endpoint=verdict.endpoint,
             request_id=call.request_id,
-            degraded=verdict.degraded or (rate is not None and rate.degraded),
+            degraded=degraded,
             coverage=verdict.coverage,
         )
         if config.detailed_response:

@@ -19,7 +19,7 @@ from msgspec import UNSET
 from starlette.responses import StreamingResponse
 from starlette.types import Message as AsgiMessage
 
-from libs.common import subjects
+from libs.common import subjects, tracing
 from libs.common.context import RequestContext
 from libs.common.contracts import (
     MAX_JOB_APPEND,
@@ -161,6 +161,8 @@ class Jobs:
         )
         answered = await self._ask(call, "seal", seal)
         answer = _job(decoded(answered, _STATUS))
+        tracing.annotate("portcullis.job_id", answer.id)
+        tracing.annotate("portcullis.key_id", core.credential(call.headers).key_id)
         headers = {"location": f"/v1/jobs/{answer.id}", "preference-applied": "respond-async"}
         return _json(answer, answered.reply.rate, status=202, headers=headers)
 
@@ -231,6 +233,7 @@ class Jobs:
         job_id = request.path_params["id"]
         if not _JOB_ID.fullmatch(job_id):
             raise PortcullisError(ErrorCode.NOT_FOUND, "There is no such job.")
+        tracing.annotate("portcullis.job_id", job_id)
         return await self._ask(call, operation, JobGet(job_id=job_id))
 
     # --- asking ----------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import msgspec
 from msgspec import UNSET
 from starlette.responses import Response
 
+from libs.common import tracing
 from libs.common.contracts import ErrorBody
 from libs.common.errors import CATALOGUE, ErrorCode, PortcullisError
 from services.edge.schemas import FieldProblem, Problem
@@ -38,6 +39,7 @@ def document(error: PortcullisError, request_id: str) -> bytes:
 
 def respond(error: PortcullisError, request_id: str, headers: Mapping[str, str] | None = None) -> Response:
     """`error` as an answer; `headers` besides its own."""
+    tracing.annotate("portcullis.outcome", str(error.code))
     extra = dict(headers or {})
     if error.retry_after is not None:
         extra["retry-after"] = str(error.retry_after)

@@ -17,10 +17,12 @@ from typing import Final, Protocol
 
 import numpy as np
 
+from libs.common import tracing
 from services.fallback_model.engine import Scores
 from services.fallback_model.metrics import LaneMetrics
 from services.fallback_model.windows import Ids
 
+_FOR_A_SESSION: Final = (("portcullis.queue", "model"),)
 _LOOK_AHEAD: Final = 256
 """How many waiting windows are looked at to find some of like length."""
 _LENGTH_SLACK: Final = 16
@@ -64,6 +66,10 @@ class _Request:
     threats: np.ndarray | None
     done: asyncio.Future[Scores]
     begun: bool = False
+    taken: float = 0.0
+    """When its first window left the queue."""
+    batch_rows: int = 0
+    """Of the batch that its first window was in."""
 
 
 @dataclass(eq=False)
@@ -132,7 +138,24 @@ class Batcher:
         self._queued_tokens += sum(map(len, rows))
         self._waiting_requests += 1
         self._work.set()
-        return await request.done
+        try:
+            return await request.done
+        finally:
+            self._trace(request, now)
+
+    def _trace(self, request: _Request, since: float) -> None:
+        """The steps of a request that has been scored, or has failed."""
+        if not request.taken or request.done.cancelled():
+            return
+        now = self._clock.monotonic()
+        error = request.done.exception()
+        tracing.record("queue", request.taken - since, ago=now - request.taken, own=_FOR_A_SESSION)
+        tracing.record(
+            "inference",
+            now - request.taken,
+            own=(("portcullis.windows", len(request.logits)), ("portcullis.batch.windows", request.batch_rows)),
+            error=type(error).__name__ if error is not None else "",
+        )
 
     async def close(self) -> None:
         """Finishes what was accepted; further requests are refused."""
@@ -155,6 +178,7 @@ class Batcher:
             if not batch:
                 continue
             self._metrics.began([len(item.ids) for item in batch], self._clock.monotonic() - min(item.since for item in batch))
+            self._note_begin(batch)
             try:
                 scores, seconds = await loop.run_in_executor(self._threads, _run, runner, [item.ids for item in batch])
             except Exception as error:  # noqa: BLE001  # handed to those who asked, whatever it is; the worker goes on
@@ -164,6 +188,12 @@ class Batcher:
                 continue
             self._metrics.scored(seconds)
             self._deliver(batch, scores)
+
+    def _note_begin(self, batch: list[_Item]) -> None:
+        now = self._clock.monotonic()
+        for item in batch:
+            if not item.request.taken:
+                item.request.taken, item.request.batch_rows = now, len(batch)
 
     def _gather(self) -> list[_Item]:
         """The next batch: what has waited longest, and others of like length."""

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Encoding
 
+from libs.common import tracing
 from services.fallback_model import characters, metrics
 from services.fallback_model.batcher import Batcher
 from services.fallback_model.engine import ModelCard, ModelError, Scores, Session, load_tokenizer, read_card
@@ -28,6 +29,7 @@ from services.fallback_model.normalise import Normalised, View, normalise
 from services.fallback_model.windows import Ids, Window, Windower
 from services.fallback_model.windows import characters as window_characters
 
+_FOR_A_THREAD: Final = (("portcullis.queue", "prepare"),)
 MOST_SPANS: Final = 5
 MOST_URGENT_WINDOWS: Final = 16
 _MOST_SENTENCES: Final = 24
@@ -113,6 +115,8 @@ class Prepared:
     places: list[Place]
     rows: list[Ids]
     timings: dict[str, float]
+    began: float = 0.0
+    """When its preparation began, by `time.perf_counter`."""
 
 
 class Model:
@@ -155,7 +159,7 @@ class Model:
                 places.append(Place(index, window, row, discount))
         end = time.perf_counter()
         return Prepared(
-            text, normalised, encodings, places, kept, {"normalise": _ms(began, middle), "tokenise": _ms(middle, end)}
+            text, normalised, encodings, places, kept, {"normalise": _ms(began, middle), "tokenise": _ms(middle, end)}, began
         )
 
     def logit(self, prepared: Prepared, scores: Scores) -> tuple[float, Place]:
@@ -335,6 +339,8 @@ class Detector:
         ready = time.perf_counter()
         metrics.NORMALISE.observe(prepared.timings["normalise"] / 1000)
         metrics.TOKENISE.observe(prepared.timings["tokenise"] / 1000)
+        tracing.record("queue", prepared.began - began, ago=ready - prepared.began, own=_FOR_A_THREAD)
+        tracing.record("tokenize", ready - prepared.began, own=(("portcullis.normalise_ms", prepared.timings["normalise"]),))
         # A long document waits for its turn: its hundreds of windows would hold up every short text.
         urgent = len(prepared.rows) <= MOST_URGENT_WINDOWS
         scores = await batcher.score(prepared.rows, urgent=urgent)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 
+from libs.common import tracing
 from libs.common.bus import Answer, Outcome
 from libs.common.context import RequestContext
 from libs.common.contracts import (
@@ -34,14 +36,33 @@ async def detect(request: ModelRequest, _: RequestContext, slot: Slot) -> Outcom
             detection = await detector.detect(request.text, detailed=request.detailed)
     except Busy:
         raise PortcullisError(ErrorCode.OVERLOADED, internal="the model's queue is full") from None
+    tracing.annotate("portcullis.tokens", detection.coverage.tokens)
     return Answer(to_message(detection, detailed=request.detailed))
 
 
 async def detect_many(request: ModelItems, _: RequestContext, slot: Slot) -> Outcome:
     """Judges many texts side by side, as bulk work. What becomes of one text is no matter of the others."""
     async with slot.use() as detector:
-        results = await asyncio.gather(*(_item(detector, text, detailed=request.detailed) for text in request.texts))
+        results = await asyncio.gather(
+            *(_traced_item(detector, index, text, detailed=request.detailed) for index, text in enumerate(request.texts))
+        )
+    tracing.annotate("portcullis.items", len(results))
+    scored = [each.result.coverage.tokens for each in results if each.result is not None]
+    tracing.annotate("portcullis.tokens", sum(scored))
     return Answer(ModelItemResults(results=tuple(results)))
+
+
+async def _traced_item(detector: Detector, index: int, text: str, *, detailed: bool) -> ModelItemResult:
+    """One of many: a span only when it fails or is slow. The steps of each would be more than all the rest of the trace."""
+    message, began = tracing.here(), time.perf_counter()
+    tracing.enter("")
+    result = await _item(detector, text, detailed=detailed)
+    tracing.enter(message)
+    seconds = time.perf_counter() - began
+    if result.error is not None or tracing.is_slow(seconds):
+        error = result.error.code if result.error is not None else ""
+        tracing.record("item", seconds, own=(("portcullis.item.index", index),), error=error)
+    return result
 
 
 async def _item(detector: Detector, text: str, *, detailed: bool) -> ModelItemResult:

@@ -16,7 +16,7 @@ from nats.aio.msg import Msg
 from nats.js import JetStreamContext, api
 from nats.js.kv import KeyValue
 
-from libs.common import subjects
+from libs.common import subjects, tracing
 from libs.common.bus import Bus
 from libs.common.context import RequestContext, new_request_id, new_traceparent
 from libs.common.contracts import (
@@ -52,6 +52,8 @@ HOOKS_CONSUMER: Final = "webhooks"
 OUTCOME_HEADER: Final = "Portcullis-Outcome"
 _STREAM_STORE_FAILED: Final = 10077  # nats-server's errors.json; the description says what does not fit
 _PER_SUBJECT: Final = "per subject"
+
+_SEND_ITEMS: Final = tracing.messaging("send", JOB_ITEMS_STREAM)
 
 _RECORD = msgspec.json.Decoder(JobRecord)
 _ITEM = msgspec.json.Decoder(JobItem)
@@ -373,7 +375,8 @@ class JetStreamQueues:
                 await self._stream.api.delete_consumer(JOB_ITEMS_STREAM, name)
 
     async def append(self, key_id: str, job_id: str, first_index: int, items: Sequence[JobItem]) -> None:
-        with translated("storing items"):
+        attributes = (("messaging.batch.message_count", len(items)),)
+        with translated("storing items"), tracing.span(f"send {JOB_ITEMS_STREAM}", tracing.PRODUCER, _SEND_ITEMS + attributes):
             stored = await asyncio.gather(
                 *(
                     self._stream.publish(job_subject(key_id, job_id, "items", first_index + offset), encode(item))
@@ -493,7 +496,7 @@ class BusBackend:
 
     async def _ask(self, subject: str, message: Message, seconds: float) -> msgspec.Raw:
         deadline_ms = int((self._bus.clock.now() + seconds) * 1000)
-        context = RequestContext(deadline_ms, new_request_id(), new_traceparent())
+        context = RequestContext(deadline_ms, new_request_id(), tracing.here() or new_traceparent())
         reply: Reply = (await self._bus.request(subject, message, context, idempotent=subject == subjects.BATCH_ITEMS)).reply
         if reply.error is not None:
             raise PortcullisError(code_of(reply.error), reply.error.detail, retry_after=reply.error.retry_after)

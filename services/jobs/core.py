@@ -51,6 +51,7 @@ class JobRecord(msgspec.Struct, frozen=True, kw_only=True):
 
     `position`: the place (stream sequence) of the last result that `done`, `malicious` and `failed` include; they are counted
     by position, so that a crash at any point counts nothing twice. `mark_*`: where it stood some time ago, to tell its speed.
+    `traceparent`: of the submission, to which the traces of its items go back.
     """
 
     key_id: str
@@ -66,6 +67,7 @@ class JobRecord(msgspec.Struct, frozen=True, kw_only=True):
     detailed: bool = False
     webhook_url: str | None = None
     webhook_secret: str | None = None
+    traceparent: str = ""
     started_ms: int | None = None
     finished_ms: int | None = None
     reason: str | None = None
@@ -100,6 +102,7 @@ def seal(
     threshold: float | None,
     detailed: bool,
     webhook: tuple[str, str] | None,
+    traceparent: str = "",
 ) -> JobRecord:
     """The submission is complete. `webhook`: URL and secret."""
     url, secret = webhook if webhook is not None else (None, None)
@@ -113,6 +116,7 @@ def seal(
         detailed=detailed,
         webhook_url=url,
         webhook_secret=secret,
+        traceparent=traceparent,
     )
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import msgspec
 
+from libs.common import tracing
 from libs.common.clock import Clock
 from libs.common.contracts import (
     JobAppend,
@@ -159,6 +160,7 @@ class Desk:
                 threshold=message.threshold,
                 detailed=message.detailed,
                 webhook=webhook,
+                traceparent=tracing.here(),
             )
 
         record = await self._change(kept, sealed)

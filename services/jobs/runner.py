@@ -15,10 +15,11 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
-from libs.common import tasks
+from libs.common import tasks, tracing
 from libs.common.clock import Clock
 from libs.common.contracts import DeadLetter, DetectItems, ItemResult, JobResult, encode
 from libs.common.errors import ErrorCode, PortcullisError
+from libs.common.subjects import JOB_ITEMS_STREAM
 from services.jobs import core, metrics
 from services.jobs.core import Doubts, JobRecord, Purse, Queue, Schedule
 from services.jobs.desk import COUNT_MESSAGES, change_record, count_late
@@ -49,6 +50,10 @@ AGAIN_SECONDS = 0.1
 """How long a replica waits for items that were handed out before: given back, or in the hands of somebody who has died."""
 BLOCK_SECONDS = (0.05, 30.0)
 """The least and the most that a key waits for units; its limits may be raised in the meantime."""
+
+
+_SPAN = f"process {JOB_ITEMS_STREAM}"
+_SPAN_ATTRIBUTES = tracing.messaging("process", JOB_ITEMS_STREAM)
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,6 +275,25 @@ class Runner:
         record = self._sealed.get(job_id)
         if record is None:
             return False
+        # A trace of its own, that goes back to the submission: that of a job of many items would never end.
+        span = tracing.root(_SPAN, tracing.CONSUMER, shared=_SPAN_ATTRIBUTES, link=record.traceparent)
+        tracing.enter(span.traceparent, span or None)
+        worked = False
+        try:
+            worked = await self._turn(record, most)
+        except BaseException as error:
+            span.fail(tracing.word_for(error))
+            raise
+        finally:
+            tracing.enter("")
+            if worked or span.error:
+                span.set("portcullis.job_id", job_id)
+                span.set("portcullis.key_id", key_id)
+                span.end()
+        return worked
+
+    async def _turn(self, record: JobRecord, most: int) -> bool:
+        key_id, job_id = record.key_id, record.job_id
         units, degraded = 0, False
         hand = _Hand()
         self._hands.setdefault(job_id, []).append(hand)
@@ -291,6 +315,7 @@ class Runner:
             if not hand.held:
                 self._schedule.drop(key_id, job_id)  # until the next look
                 return False
+            tracing.annotate("messaging.batch.message_count", len(hand.held))
             if record.state == "queued":
                 await self._start(record)
             await self._process(record, hand, degraded)
@@ -397,13 +422,14 @@ class Runner:
             results = [PortcullisError(ErrorCode.OVERLOADED)]
         else:
             results = await self._judged(record, group, degraded)
-        settled = await asyncio.gather(
-            *(
-                self._settle(record, delivery, result, alone=len(group) == 1)
-                for delivery, result in zip(group, results, strict=True)
-            ),
-            return_exceptions=True,
-        )
+        with tracing.span("store results"):
+            settled = await asyncio.gather(
+                *(
+                    self._settle(record, delivery, result, alone=len(group) == 1)
+                    for delivery, result in zip(group, results, strict=True)
+                ),
+                return_exceptions=True,
+            )
         for delivery, has_result in zip(group, settled, strict=True):
             if isinstance(has_result, bool):
                 hand.held.discard(delivery)
@@ -468,6 +494,8 @@ class Runner:
                 code, detail, attributed = core.code_of(result.error), result.error.detail, True
             # An error of one item that says "nobody was there" is not its own; one that was sent alone may have driven them away.
             attributed = attributed and (alone or not core.is_transient(code))
+            tracing.record("item", 0.0, own=(("portcullis.item.index", delivery.index),), error=str(code))
+            tracing.refuse()
             if not self._doubts.failed(item, code, attributed=attributed):
                 metrics.RETRIED.labels(code).inc()
                 await delivery.give_back(self._doubts.retry_seconds(item, self._rng))

@@ -25,7 +25,7 @@ from nats.js import JetStreamContext
 from standardwebhooks.webhooks import Webhook
 from yarl import URL
 
-from libs.common import VERSION
+from libs.common import VERSION, tracing
 from libs.common.clock import Clock
 from libs.common.contracts import JobStatus
 from libs.common.errors import PortcullisError
@@ -213,7 +213,13 @@ class Deliverer:
         assert record.webhook_secret is not None
         status = core.status_of(record, int(self._clock.now() * 1000))
         at = datetime.fromtimestamp(self._clock.now(), UTC)
-        failure = await self._sender.send(record.webhook_url, record.webhook_secret, f"msg_{record.job_id}", at, document(status))
+        with tracing.root("POST webhook", tracing.CLIENT, link=record.traceparent) as span:
+            span.set("portcullis.job_id", record.job_id)
+            failure = await self._sender.send(
+                record.webhook_url, record.webhook_secret, f"msg_{record.job_id}", at, document(status)
+            )
+            if failure is not None:
+                span.fail(failure)
         if failure is None:
             metrics.DELIVERED.inc()
             await due.done()

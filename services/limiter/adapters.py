@@ -16,7 +16,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
-from libs.common import telemetry
+from libs.common import telemetry, tracing
 from services.limiter.core import Decision, Policy
 from services.limiter.lua import SCRIPT, Wire
 from services.limiter.metrics import REDIS_DURATION
@@ -28,6 +28,12 @@ TIMEOUT_SECONDS = 0.1
 TIMEOUT_SLICES = 4
 MAX_CONNECTIONS = 4
 MAX_BATCH = 64
+
+_SCRIPT_CALL: tracing.Attributes = (
+    ("db.system.name", "redis"),
+    ("db.operation.name", "EVALSHA"),
+    ("db.stored_procedure.name", "sliding_window"),
+)
 
 REPLICAS_KEY = "rl:v1:replicas"
 REPLICA_LIFE_SECONDS = 5
@@ -121,7 +127,9 @@ class RedisStore:
             self._flushing = True
             loop.call_soon(self._flush)
         try:
-            return self._wire.decision(await answer)
+            with tracing.span("EVALSHA sliding_window", tracing.CLIENT, _SCRIPT_CALL):
+                decided = await answer
+            return self._wire.decision(decided)
         except struct.error as error:
             raise StoreUnavailableError("not an answer of the script") from error
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+from libs.common import tracing
 from libs.common.bus import Answer, Forward
 from libs.common.context import RequestContext
 from libs.common.contracts import (
@@ -74,6 +75,8 @@ async def answered(message: AnsweredAccount, _: RequestContext, limiter: Limiter
 
 
 def _rate(principal: Principal, decision: Decision, degraded: bool) -> RateState:
+    if degraded:
+        tracing.annotate("portcullis.degraded", True)
     minute, day = decision.used
     reset_minute, reset_day = decision.reset_ms
     return RateState(

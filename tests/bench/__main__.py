@@ -3,7 +3,7 @@
 A closed loop: each caller sends its next text when the last one has been answered, so a slow answer slows the load as well;
 read the percentiles with that in mind. Texts are our own, short and long; nothing is cached between them.
 
-`./run bench normaliser` times the normaliser alone, without a stack.
+`./run bench normaliser` times the normaliser alone, without a stack. `./run bench tracing` tells what traces and metrics cost.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from infra.embedded.home import locate_home
-from tests.bench import batch, normaliser
+from tests.bench import batch, normaliser, tracing
 from tests.bench.load import BenchError, Measured, issued_key, texts
 
 WARM_UP_SECONDS = 1.0
@@ -68,6 +68,8 @@ def main() -> int:
         return normaliser.main(sys.argv[2:])
     if sys.argv[1:2] == ["batch"]:
         return batch.main(sys.argv[2:])
+    if sys.argv[1:2] == ["tracing"]:
+        return tracing.main(sys.argv[2:])
     port = os.environ.get("PORTCULLIS_EDGE_PORT", "8000")
     parser = argparse.ArgumentParser(
         prog="./run bench", description=__doc__, epilog="bench batch: many texts at a time; see bench batch --help"

@@ -32,6 +32,8 @@ class HostileEngine:
         self.port = port
         self.mode = "ok"
         self.detections = 0
+        self.head = ""
+        """Of the last detection, in lower case."""
         self.writers: set[asyncio.StreamWriter] = set()
 
     async def handle(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -59,6 +61,7 @@ class HostileEngine:
             await writer.drain()
             return True
         self.detections += 1
+        self.head = head
         match self.mode:
             case "hang":
                 await reader.read()  # until the caller gives up

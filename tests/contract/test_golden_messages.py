@@ -190,6 +190,7 @@ EXAMPLES: list[c.Message] = [
         webhook=c.WebhookTarget(url="https://app.example/portcullis"),
     ),
     c.InstanceLeft(service="auth", instance="0a1b2c3d4e5f6071"),
+    c.TraceKept(trace_ids=("4bf92f3577b34da6a3ce929d0e0e4736",)),
     c.UsageRecorded(key_id="a1B2c3D4e5F6", at_ms=1_770_091_506_000, requests=1, malicious=1, failed=0),
     c.FieldError(field="text", message="must not be empty"),
     c.ErrorBody(

@@ -1,0 +1,243 @@
+"""What traces and metrics cost: the same load on two stacks by turns, one with both at their defaults, one with neither.
+
+Both stacks are up all the time, and are loaded by turns for a few seconds each, so that whatever else the machine does falls on
+both alike. With: spans are recorded and those of kept traces go to a collector that reads and drops them, and every process's
+metrics are scraped every five seconds. Without: no collector, and metrics that do nothing. What is told is the ratio of the two
+throughputs in each round, on a stub engine that answers at once (`detect`) and on the shipped model; and that of the processor
+time which a request takes in all of the stack's processes, which says the same more steadily where others use the machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import os
+import random
+import secrets
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import aiohttp
+import psutil
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from tests.bench.load import BenchError, issued_key, texts
+
+ROOT = Path(__file__).parents[2]
+PROCESSES = 12
+"""Ports in a row for metrics; more than there are processes."""
+SCRAPE_SECONDS = 5.0
+START_SECONDS = 120
+MOST = 0.10
+
+
+@dataclass(slots=True)
+class Side:
+    """One stack under load. By round: `rates`, requests a second; `costs`, milliseconds of processor time for each."""
+
+    name: str
+    url: str
+    home: Path
+    session: aiohttp.ClientSession
+    key: str
+    rates: list[float] = field(default_factory=list)
+    costs: list[float] = field(default_factory=list)
+
+    def processor_seconds(self) -> float:
+        """What all processes of the stack have used, servers and all."""
+        supervisor = psutil.Process(int((self.home / "supervisord.pid").read_text()))
+        used = [each.cpu_times() for each in supervisor.children(recursive=True)]
+        return sum(times.user + times.system for times in used)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _free_row() -> int:
+    """The first of `PROCESSES` free ports in a row."""
+    while True:
+        first = random.randrange(20_000, 30_000)
+        with contextlib.suppress(OSError), ExitStack() as stack:
+            for offset in range(PROCESSES):
+                stack.enter_context(socket.socket()).bind(("127.0.0.1", first + offset))
+            return first
+
+
+@contextmanager
+def _stub() -> Iterator[str]:
+    port = _free_port()
+    process = subprocess.Popen([sys.executable, "-m", "tests.bench.stub", str(port)], cwd=ROOT)
+    try:
+        deadline = time.monotonic() + 10
+        while socket.socket().connect_ex(("127.0.0.1", port)):
+            if time.monotonic() > deadline:
+                raise BenchError("the stub does not start")
+            time.sleep(0.05)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait()
+
+
+@contextmanager
+def _stack(home: Path, environment: dict[str, str]) -> Iterator[str]:
+    port = _free_port()
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("PORTCULLIS_", "OTEL_"))}
+    own = {**inherited, **environment, "PORTCULLIS_HOME": str(home), "PORTCULLIS_EDGE_PORT": str(port)}
+
+    def run(*arguments: str) -> None:
+        done = subprocess.run(
+            [sys.executable, "-m", "infra.embedded", *arguments], cwd=ROOT, env=own, capture_output=True, timeout=START_SECONDS
+        )
+        if done.returncode:
+            raise BenchError(f"{arguments[0]}: {(done.stdout + done.stderr).decode()[-500:]}")
+
+    try:
+        run("up", "--detach")
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        run("down")
+
+
+@asynccontextmanager
+async def _side(name: str, home: Path, environment: dict[str, str]) -> AsyncIterator[Side]:
+    with _stack(home, environment) as url:
+        token = (home / "secrets" / "admin-token").read_text().strip()
+        async with (
+            aiohttp.ClientSession(url, connector=aiohttp.TCPConnector(limit=0)) as session,
+            issued_key(session, token) as key,
+        ):
+            yield Side(name, url, home, session, key)
+
+
+@asynccontextmanager
+async def _scraped(first_port: int) -> AsyncIterator[None]:
+    """Each process's metrics are read, as Prometheus would."""
+
+    async def scrape() -> None:
+        async with aiohttp.ClientSession() as session:
+            while True:
+                for port in range(first_port, first_port + PROCESSES):
+                    with contextlib.suppress(aiohttp.ClientError):
+                        async with session.get(f"http://127.0.0.1:{port}/metrics") as response:
+                            await response.read()
+                await asyncio.sleep(SCRAPE_SECONDS)
+
+    task = asyncio.create_task(scrape())
+    try:
+        yield
+    finally:
+        task.cancel()
+
+
+async def load(side: Side, callers: int, seconds: float) -> None:
+    """One turn."""
+    supply = texts()
+    answered = 0
+    used = side.processor_seconds()
+    began = time.perf_counter()
+
+    async def caller() -> None:
+        nonlocal answered
+        while time.perf_counter() - began < seconds:
+            body = {"text": f"{next(supply)} {secrets.token_hex(4)}"}
+            async with side.session.post("/v1/detect", json=body, headers={"X-API-Key": side.key}) as response:
+                verdict = await response.json()
+                if response.status != 200 or verdict["degraded"]:
+                    raise BenchError(f"{side.name}: answered {response.status}, {verdict}")
+                answered += 1
+
+    await asyncio.gather(*(caller() for _ in range(callers)))
+    side.rates.append(answered / (time.perf_counter() - began))
+    side.costs.append((side.processor_seconds() - used) * 1000 / answered)
+
+
+async def compare(engine: dict[str, str], collector: str, callers: int, rounds: int, seconds: float) -> tuple[Side, Side]:
+    """Both sides, loaded by turns."""
+    async with AsyncExitStack() as stack:
+        homes = [Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pc-bench-"))) for _ in range(2)]
+        row = _free_row()
+        watched = {"OTEL_EXPORTER_OTLP_ENDPOINT": collector, "PORTCULLIS_METRICS_PORT": str(row)}
+        with_both = await stack.enter_async_context(_side("with", homes[0], {**engine, **watched}))
+        without = await stack.enter_async_context(
+            _side("without", homes[1], {**engine, "PYTHONPATH": str(Path(__file__).parent / "unmeasured")})
+        )
+        await stack.enter_async_context(_scraped(row))
+        for side in (with_both, without):
+            await load(side, callers, seconds)  # warm
+            side.rates.clear()
+            side.costs.clear()
+        for number in range(rounds):
+            # The one that goes first changes, so that a machine that slows down favours neither.
+            for side in (with_both, without) if number % 2 else (without, with_both):
+                await load(side, callers, seconds)
+        return with_both, without
+
+
+def ratios(over: list[float], under: list[float]) -> list[float]:
+    return [a / b for a, b in zip(over, under, strict=True)]
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="./run bench tracing", description=__doc__)
+    parser.add_argument("--callers", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--seconds", type=float, default=4.0, help="of each turn (default: 4)")
+    parser.add_argument("--engine", choices=("detect", "model", "both"), default="both")
+    options = parser.parse_args(arguments)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=f"{options.callers} callers, {options.rounds} rounds")
+    for title in (
+        "engine",
+        "with, req/s",
+        "without, req/s",
+        "ratio",
+        "quartiles",
+        "with, ms",
+        "without, ms",
+        "ratio",
+        "quartiles",
+    ):
+        table.add_column(title, justify="right")
+    worst = 1.0
+    try:
+        with _stub() as stub:
+            engines = {
+                "detect": {"PORTCULLIS_ENGINE_KIND": "detect", "PORTCULLIS_ENGINE_URL": stub},
+                "model": dict[str, str](),
+            }
+            for name, engine in engines.items():
+                if options.engine not in (name, "both"):
+                    continue
+                sides = asyncio.run(compare(engine, stub, options.callers, options.rounds, options.seconds))
+                rates = statistics.quantiles(ratios(*(side.rates for side in sides)), n=4)
+                costs = statistics.quantiles(ratios(*(side.costs for side in sides)), n=4)
+                worst = min(worst, rates[1])
+                table.add_row(
+                    name,
+                    *(f"{statistics.median(side.rates):.0f}" for side in sides),
+                    f"{rates[1]:.3f}",
+                    f"{rates[0]:.3f} to {rates[2]:.3f}",
+                    *(f"{statistics.median(side.costs):.2f}" for side in sides),
+                    f"{costs[1]:.3f}",
+                    f"{costs[0]:.3f} to {costs[2]:.3f}",
+                )
+    except BenchError as error:
+        print(f"bench tracing: {error}", file=sys.stderr)
+        return 1
+    Console(highlight=False).print(table)
+    return 0 if worst >= 1 - MOST else 1
