@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 
 import numpy as np
 import pytest
+from prometheus_client import REGISTRY
 
 from libs.common.clock import ManualClock
 from services.fallback_model.batcher import Batcher, Busy, Limits
@@ -149,3 +150,47 @@ async def test_closing_finishes_what_was_accepted(runner: FakeRunner, clock: Man
     assert all(task.done() for task in pending)
     with pytest.raises(Busy):
         await batcher.score(rows(5))
+
+
+def sample(name: str, **labels: str) -> float:
+    return REGISTRY.get_sample_value(f"portcullis_model_{name}", labels) or 0.0
+
+
+async def test_what_waits_and_what_is_scored_is_measured(batcher: Batcher, runner: FakeRunner, clock: ManualClock) -> None:
+    first = await occupied(batcher, runner)
+    before = {name: sample(name, lane="single") for name in ("tokens_total", "padding_tokens_total", "queue_wait_seconds_sum")}
+    waiting = asyncio.create_task(batcher.score(rows(10, 14)))
+    await asyncio.sleep(0)
+    assert (sample("queue_tokens", lane="single"), batcher.waiting_requests) == (24, 1)
+    assert sample("queue_limit_tokens", lane="single") == 300
+    clock.advance(0.2)
+    runner.gate.set()
+    await asyncio.gather(first, waiting)
+    after = {name: sample(name, lane="single") for name in before}
+    assert (sample("queue_tokens", lane="single"), batcher.waiting_requests) == (0, 0)
+    assert after["tokens_total"] - before["tokens_total"] == 24
+    assert after["padding_tokens_total"] - before["padding_tokens_total"] == 4
+    assert after["queue_wait_seconds_sum"] - before["queue_wait_seconds_sum"] == pytest.approx(0.2)
+
+
+async def test_what_is_turned_away_is_counted(batcher: Batcher, runner: FakeRunner) -> None:
+    first = await occupied(batcher, runner)
+    waiting = asyncio.create_task(batcher.score(rows(100, 100, 100)))
+    await asyncio.sleep(0)
+    before = sample("refused_total", lane="single")
+    with pytest.raises(Busy):
+        await batcher.score(rows(1))
+    assert sample("refused_total", lane="single") == before + 1
+    runner.gate.set()
+    await asyncio.gather(first, waiting)
+
+
+async def test_a_request_that_nobody_waits_for_does_not_wait_either(batcher: Batcher, runner: FakeRunner) -> None:
+    first = await occupied(batcher, runner)
+    waiting = asyncio.create_task(batcher.score(rows(10)))
+    await asyncio.sleep(0)
+    waiting.cancel()
+    runner.gate.set()
+    await first
+    await batcher.score(rows(10))
+    assert batcher.waiting_requests == 0
