@@ -15,7 +15,10 @@ from pathlib import Path
 import pytest
 
 from infra.embedded import servers
+from libs.common import tracing
+from libs.common.clock import SystemClock
 from libs.common.subjects import SERVICES
+from libs.common.tracing import PerSecond, Recorder
 
 OPERATOR = "operator"
 """A NATS user without restrictions, for tests that play somebody."""
@@ -57,6 +60,15 @@ def running(server: servers.Server) -> Iterator[servers.Server]:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+@pytest.fixture
+def recorder() -> Iterator[Recorder]:
+    """Records the traces of this process; keeps what a caller asks for, and failures."""
+    recorder = Recorder(PerSecond(0, SystemClock()), slow_ms=60_000, ring_spans=1000)
+    tracing.use(recorder)
+    yield recorder
+    tracing.use(None)
 
 
 @pytest.fixture(scope="session")

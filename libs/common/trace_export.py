@@ -57,12 +57,13 @@ class Sink(Protocol):
 
 
 class Exporter:
-    """The thread. `open_sink` is called in it."""
+    """The thread. `open_sink` is called in it, with the first spans."""
 
     def __init__(self, recorder: Recorder, open_sink: Callable[[], Sink], every_seconds: float) -> None:
         self._recorder = recorder
         self._every_seconds = every_seconds
         self._open_sink = open_sink
+        self._sink: Sink | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="trace-export", daemon=True)
         self._reachable = True
@@ -74,16 +75,18 @@ class Exporter:
         self._thread.join(STOP_SECONDS)
 
     def _run(self) -> None:
-        sink = self._open_sink()
         while not self._stop.wait(self._every_seconds):
-            self._empty(sink, paced=True)
-        self._empty(sink, paced=False)
-        sink.close()
+            self._empty(paced=True)
+        self._empty(paced=False)
+        if self._sink is not None:
+            self._sink.close()
 
-    def _empty(self, sink: Sink, *, paced: bool) -> None:
+    def _empty(self, *, paced: bool) -> None:
         while batch := self._recorder.take(BATCH_SPANS):
             began = time.thread_time()
-            self._send(sink, batch)
+            if self._sink is None:
+                self._sink = self._open_sink()
+            self._send(self._sink, batch)
             spent = time.thread_time() - began
             if paced and self._stop.wait(spent / PROCESSOR_SHARE - spent):
                 return
@@ -108,7 +111,7 @@ def start(service: str, instance: str, settings: CommonSettings) -> Exporter | N
         return None
 
     def open_sink() -> Sink:
-        # The SDK is loaded here: it takes 0.3 s and some memory, which processes that export nothing do not need.
+        # The SDK is loaded here: it takes 0.3 s and some memory, and nobody waits for it here.
         from libs.common.trace_wire import Wire
 
         return Wire(f"portcullis-{service}".replace("_", "-"), instance, VERSION)

@@ -66,7 +66,7 @@ class _Request:
     threats: np.ndarray | None
     done: asyncio.Future[Scores]
     begun: bool = False
-    taken: float = 0.0
+    taken: float | None = None
     """When its first window left the queue."""
     batch_rows: int = 0
     """Of the batch that its first window was in."""
@@ -145,7 +145,7 @@ class Batcher:
 
     def _trace(self, request: _Request, since: float) -> None:
         """The steps of a request that has been scored, or has failed."""
-        if not request.taken or request.done.cancelled():
+        if request.taken is None or request.done.cancelled():
             return
         now = self._clock.monotonic()
         error = request.done.exception()
@@ -192,7 +192,7 @@ class Batcher:
     def _note_begin(self, batch: list[_Item]) -> None:
         now = self._clock.monotonic()
         for item in batch:
-            if not item.request.taken:
+            if item.request.taken is None:
                 item.request.taken, item.request.batch_rows = now, len(batch)
 
     def _gather(self) -> list[_Item]:

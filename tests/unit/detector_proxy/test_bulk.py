@@ -12,6 +12,7 @@ from libs.common.clock import ManualClock
 from libs.common.context import RequestContext
 from libs.common.contracts import DetectItems, DetectPayload, ItemResults, Verdict
 from libs.common.errors import ErrorCode, PortcullisError
+from libs.common.tracing import Recorder
 from services.detector_proxy import handlers
 from services.detector_proxy.breaker import BreakerPolicy
 from services.detector_proxy.core import PAUSE_SECONDS, PRIMARY_SHARE, AllAtOnce, BulkJudge, GuardedEngine, OneByOne
@@ -217,3 +218,30 @@ async def test_a_message_cancelled_at_its_deadline_is_counted_as_failed() -> Non
         await task
     ((event, _),) = bench.usage.events
     assert (event.requests, event.malicious, event.failed) == (4, 0, 4)
+
+
+class NotingEngine(FakeEngine):
+    """Fails its second call, and remembers below which span it was asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside: list[str] = []
+
+    async def detect(self, payload: DetectPayload, context: RequestContext, timeout_seconds: float) -> EngineResult:
+        self.inside.append(context.traceparent)
+        if len(self.inside) == 2:
+            raise EngineError("status_5xx")
+        return GOOD
+
+
+async def test_of_many_texts_only_calls_that_fail_have_a_span(recorder: Recorder) -> None:
+    clock, engine = ManualClock(), NotingEngine()
+    asked = context(clock).within("00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01")
+    alone = guarded(engine, clock)
+    many = GuardedEngine("primary", engine, alone.breaker, max_concurrency=8, one_of_many=True)
+    await OneByOne(many, clock, 1).detect_many(TEXTS, asked, 1.0)
+    assert [(span[3], span[11]) for span in recorder.take(10)] == [("engine detect", "status_5xx")]
+    assert set(engine.inside) == {asked.traceparent}, "nobody is told a parent that is not there"
+    await alone.detect(TEXTS[0], asked, 1.0)
+    (span,) = recorder.take(10)
+    assert engine.inside[-1] == f"00-{span[0]}-{span[1]}-01"

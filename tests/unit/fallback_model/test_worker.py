@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from libs.common import contracts
+from libs.common import contracts, tracing
 from libs.common.bus import Answer
 from libs.common.clock import ManualClock
 from libs.common.context import RequestContext
 from libs.common.contracts import ModelItemResults, ModelItems, ModelRequest, ModelResult
 from libs.common.errors import ErrorCode, PortcullisError
+from libs.common.tracing import Recorder
 from services.fallback_model import handlers, labels, processors
 from services.fallback_model.batcher import Batcher, Limits
 from services.fallback_model.detector import Detector, Model, Prepared
@@ -201,3 +202,34 @@ def test_without_a_quota_the_affinity_counts(tmp_path: Path) -> None:
 )
 def test_sessions_and_threads_share_the_processors(sessions: int, threads: int, wanted: tuple[int, int]) -> None:
     assert processors.layout(sessions, threads, 4) == wanted
+
+
+ASKED = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+
+
+async def test_a_trace_shows_what_a_text_waited_for_and_what_it_took(model: Model, recorder: Recorder) -> None:
+    slot = Slot(make(model))
+    tracing.enter(ASKED)
+    await handlers.detect(ModelRequest(text="How do I bake bread?"), CONTEXT, slot)
+    await slot.close()
+    spans = recorder.take(100)
+    assert [(span[3], dict(span[8]).get("portcullis.queue")) for span in spans] == [
+        ("queue", "prepare"), ("tokenize", None), ("queue", "model"), ("inference", None),
+    ]  # fmt: skip
+    assert {span[2] for span in spans} == {ASKED[36:52]}
+    assert dict(spans[-1][8]) == {"portcullis.windows": 1, "portcullis.batch.windows": 1}
+
+
+async def test_of_many_texts_a_trace_shows_those_that_fail(model: Model, recorder: Recorder) -> None:
+    slot = Slot(make(model, bulk_limits=Limits(queue_tokens=1)))
+    tracing.enter(ASKED)
+    outcome = await handlers.detect_many(ModelItems(texts=("How do I bake bread?",) * 3), CONTEXT, slot)
+    await slot.close()
+    assert isinstance(outcome, Answer)
+    assert isinstance(outcome.result, ModelItemResults)
+    failed = [index for index, each in enumerate(outcome.result.results) if each.error is not None]
+    assert failed
+    items = [(span[3], dict(span[8]), span[11]) for span in recorder.take(100)]
+    assert sorted(dict(own)["portcullis.item.index"] for _, own, _ in items) == failed
+    assert {(name, error) for name, _, error in items} == {("item", "overloaded")}
+    assert tracing.here() == ASKED
