@@ -30,11 +30,13 @@ OUTCOMES = {
     "portcullis_model_reloads": ("ok", "failed"),
     "portcullis_job_items": ("benign", "malicious", "failed"),
     "portcullis_webhooks": ("delivered", "failed", "given_up"),
+    "portcullis_trace_spans": ("exported", "dropped", "failed"),
 }
 """`outcome` is of every metric's own; by family."""
 REASONS = {
     "portcullis_pool_retries": ENGINE_TROUBLE,
     "portcullis_job_turns_held_up": ("limits", "unavailable"),
+    "portcullis_traces_kept": ("asked", "rate", "failed", "refused", "slow"),
 }
 
 

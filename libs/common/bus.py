@@ -229,6 +229,7 @@ class _Stage(Generic[T]):
         finally:
             if span and context is not None:
                 hops.handled(span, context, outcome_name)
+            # After the span's end, which may be what a trace is kept for: the exemplar knows.
             self.meter.count(outcome_name, time.perf_counter_ns() - started)
 
     def _begin(self, _: Msg, context: RequestContext) -> tracing.Span:

@@ -58,8 +58,8 @@ OPERATION_TIMEOUT_SECONDS: Final = 5.0
 """Over a whole transaction; the shorter ones above should have ended it long before."""
 CHECK_TIMEOUT_SECONDS: Final = 0.5
 MIGRATION_TIMEOUT_SECONDS: Final = 300.0
-_POSTGRES: Final = (("db.system.name", "postgresql"),)
 _BEGAN: Final = "portcullis.began"
+_POSTGRES: Final = (("db.system.name", "postgresql"),)
 USAGE_LOCK: Final = 0x706F_7274_7573_6167
 """Key of the advisory lock of the replica that counts usage: "portusag"."""
 

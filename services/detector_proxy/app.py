@@ -110,7 +110,7 @@ def _bulk(bus: Bus, guarded: GuardedEngine, settings: DetectorProxySettings) -> 
         guarded.breaker,
         max_concurrency=places,
         timeout_seconds=settings.engine_timeout_seconds,
-        one_of_many=True,
         lane="bulk",
+        one_of_many=True,
     )
     return OneByOne(alone, bus.clock, places)

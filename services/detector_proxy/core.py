@@ -54,12 +54,12 @@ class GuardedEngine:
         *,
         max_concurrency: int,
         timeout_seconds: float = math.inf,
-        one_of_many: bool = False,
         lane: str = "single",
+        one_of_many: bool = False,
     ) -> None:
-        """`one_of_many`: it is called once for each text of many; only calls that fail or are slow have a span then.
+        """`lane`, for the metrics: `single` texts or `bulk`.
 
-        `lane`, for the metrics: `single` texts or `bulk`.
+        `one_of_many`: it is called once for each text of many; only calls that fail or are slow have a span then.
         """
         self.role = role
         self.engine = engine

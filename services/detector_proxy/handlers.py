@@ -54,9 +54,9 @@ async def detect(message: AdmittedDetect, context: RequestContext, judge: Judge,
         )
     if message.rate.degraded and not verdict.degraded:
         verdict = msgspec.structs.replace(verdict, degraded=True)
+    count_verdict(verdict)
     tracing.annotate("portcullis.is_malicious", verdict.is_malicious)
     tracing.annotate("portcullis.degraded", verdict.degraded)
-    count_verdict(verdict)
     return Answer(verdict, rate=message.rate)
 
 

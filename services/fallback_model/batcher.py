@@ -65,11 +65,11 @@ class _Request:
     logits: np.ndarray
     threats: np.ndarray | None
     done: asyncio.Future[Scores]
+    begun: bool = False
     taken: float | None = None
     """When its first window left the queue."""
     batch_rows: int = 0
     """Of the batch that its first window was in."""
-    begun: bool = False
 
 
 @dataclass(eq=False)
@@ -177,8 +177,8 @@ class Batcher:
             batch = self._gather()
             if not batch:
                 continue
-            self._note_begin(batch)
             self._metrics.began([len(item.ids) for item in batch], self._clock.monotonic() - min(item.since for item in batch))
+            self._note_begin(batch)
             try:
                 scores, seconds = await loop.run_in_executor(self._threads, _run, runner, [item.ids for item in batch])
             except Exception as error:  # noqa: BLE001  # handed to those who asked, whatever it is; the worker goes on

@@ -337,10 +337,10 @@ class Detector:
         began = time.perf_counter()
         prepared = await loop.run_in_executor(lane.threads, self.model.prepare, text)
         ready = time.perf_counter()
-        tracing.record("queue", prepared.began - began, ago=ready - prepared.began, own=_FOR_A_THREAD)
-        tracing.record("tokenize", ready - prepared.began, own=(("portcullis.normalise_ms", prepared.timings["normalise"]),))
         metrics.NORMALISE.observe(prepared.timings["normalise"] / 1000)
         metrics.TOKENISE.observe(prepared.timings["tokenise"] / 1000)
+        tracing.record("queue", prepared.began - began, ago=ready - prepared.began, own=_FOR_A_THREAD)
+        tracing.record("tokenize", ready - prepared.began, own=(("portcullis.normalise_ms", prepared.timings["normalise"]),))
         # A long document waits for its turn: its hundreds of windows would hold up every short text.
         urgent = len(prepared.rows) <= MOST_URGENT_WINDOWS
         scores = await batcher.score(prepared.rows, urgent=urgent)

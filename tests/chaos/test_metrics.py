@@ -34,6 +34,7 @@ EMPTY_WHEN_WELL = frozenset(
         "overview.json: Failed calls",
         "overview.json: Failed messages by stage",
         "overview.json: Waiting messages by stage",
+        "stage.json: Traces",  # nothing is recorded where nobody collects it
         "model.json: Tried with another worker",
         "limits.json: Clients on NATS",
         "jobs.json: Given back",

@@ -119,6 +119,13 @@ def dashboard() -> Dashboard:
                         unit="short",
                     ),
                     lines(
+                        "Traces",
+                        "kept: why, in the process where they began. spans: whether the collector has them.",
+                        (rate("portcullis_traces_kept_total", "reason", chosen), "kept: {{reason}}"),
+                        (rate("portcullis_trace_spans_total", "outcome", chosen), "spans: {{outcome}}"),
+                        unit="short",
+                    ),
+                    lines(
                         "Sent again",
                         "Requests sent once more because a process that may have had them died.",
                         (rate("portcullis_requests_resent_total", "service", chosen), "{{service}}"),
