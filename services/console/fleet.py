@@ -273,6 +273,8 @@ class Fleet:
                 process = self._processes[stats.id] = _Process(service, stats, now, now_ms)
                 if self._looked:
                     self._tell(now_ms, "came", service, f"{process.instance[:8]} is here")
+            if process.presence != "up":
+                self._tell(now_ms, "came", service, f"{process.instance[:8]} is back")
             process.presence = "up"
             process.look(stats, now, now_ms)
             seen.add(stats.id)

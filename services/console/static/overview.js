@@ -42,7 +42,7 @@ export function overview(news) {
   const detail = h("section", { class: "panel detail", id: "detail", hidden: true });
   const breakers = h("div", { class: "breakers" });
   const stores = h("p", { class: "stores" });
-  const happened = h("ol", { class: "news" });
+  const happened = h("ol", { class: "news", tabindex: "0", "aria-labelledby": "news-title" });
   const notable = traceTable(news, { compact: true });
   const element = h(
     "div",

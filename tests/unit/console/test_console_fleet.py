@@ -168,7 +168,9 @@ def test_a_replica_that_comes_back_is_up_again() -> None:
     watched.look(stats("auth", "a"))
     watched.look()
     assert stage(watched.look(), "auth").replicas[0].presence == "gone"
-    assert stage(watched.look(stats("auth", "a")), "auth").replicas[0].presence == "up"
+    picture = watched.look(stats("auth", "a"))
+    assert stage(picture, "auth").replicas[0].presence == "up"
+    assert [each.what for each in picture.news] == ["auth-a-i is back", "auth-a-i is gone"]
 
 
 def test_who_comes_later_is_news_and_who_was_there_is_not() -> None:
