@@ -25,8 +25,6 @@ class ConsoleSettings(CommonSettings):
     """Spans that are kept, in memory; the oldest traces go first, and ordinary ones before those that failed or were slow."""
     console_max_bytes: Annotated[int, Field(ge=1024 * 1024)] = 32 * 1024**2
     """Bytes that they take, about."""
-    trace_slow_ms: Annotated[float, Field(gt=0)] = 1000.0
-    """A request that takes so long counts as slow."""
 
     @model_validator(mode="after")
     def _open_to_this_machine_only(self) -> ConsoleSettings:

@@ -41,10 +41,8 @@ _ONCE = (
     b"x-request-timeout",
 )
 # Operators look at a full gateway most of all, so these are answered whatever is in flight.
+# They have no traces either: asked every few seconds by machines, or watched for hours, nobody would look for them.
 _ALWAYS = ("/health", "/metrics", "/console")
-
-_UNTRACED = (*_ALWAYS, "/console")
-"""Asked every few seconds by machines, or watched for hours: no requests that anybody would look for."""
 
 CALL = "portcullis.call"
 """Where the `Call` is in the ASGI scope."""
@@ -90,7 +88,7 @@ class Gate:
         headers = dict(scope["headers"])
         traceparent = _sane(headers.get(b"traceparent"), TRACEPARENT_PATTERN) or ""
         span = tracing.NO_SPAN
-        if not scope["path"].startswith(_UNTRACED):
+        if not scope["path"].startswith(_ALWAYS):
             span = tracing.root("", tracing.SERVER, traceparent)
             span.set("portcullis.outcome", "ok")  # until something else is said
         call = scope[CALL] = Call(
