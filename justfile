@@ -64,6 +64,16 @@ check: _development
     .venv/bin/lint-imports
     uv lock --check --quiet
 
+# What is known against the packages of the lock: asks PyPI, or what PIP_AUDIT_VULNERABILITY_SERVICE names
+[no-exit-message]
+audit: _development
+    @{{ python }} -m infra.supply audit
+
+# A bill of materials (CycloneDX) of what runs, into sbom.cdx.json or FILE
+[no-exit-message]
+sbom *file: _development
+    @{{ python }} -m infra.supply sbom "$@"
+
 # The client's command line, as if it were installed: portcullis detect "Hello", portcullis scan FILE
 [no-cd, no-exit-message]
 portcullis *arguments: _client
