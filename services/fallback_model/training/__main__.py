@@ -24,7 +24,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=Plan.seed)
     parser.add_argument("--stages", type=int, default=None, help="train only so many of the plan's stages for now")
     parser.add_argument("--resume", action="store_true", help="go on after the last finished stage in --work")
-    parser.add_argument("--continue-from", type=Path, default=None, help="train on from this released model directory, not from the base")
+    parser.add_argument("--continue-from", type=Path, default=None, help="a released model to train on from, not the base")
     parser.add_argument("--weights", type=Path, default=None, help="release this checkpoint instead of training")
     arguments = parser.parse_args()
     base = arguments.base or _base_from_wheel()

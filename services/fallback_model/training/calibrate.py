@@ -97,4 +97,3 @@ def fit_penalty(labels: Array, logits: Array, windows: Array, long_logits: Array
         if (long_logits - penalty * np.log(long_windows) >= threshold).mean() <= LONG_FALSE_ALARMS:
             return penalty
     return PENALTIES[-1]
-

@@ -238,7 +238,9 @@ def train(
     if resume:
         progress.load(out / "state.pt")
     if rank == 0:
-        (out / "plan.json").write_text(json.dumps(asdict(plan) | {"processes": world}, indent=1))
+        (out / "plan.json").write_text(
+            json.dumps(asdict(plan) | {"processes": world, "continued_from": start.name if start else None}, indent=1)
+        )
     rows = read_rows(train_file)
     tokenizer = bare_tokenizer(base / "tokenizer.json")
     while progress.stage < stages:
