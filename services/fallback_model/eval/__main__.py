@@ -20,7 +20,7 @@ from rich.table import Table
 from services.fallback_model.detector import Model
 from services.fallback_model.engine import ModelError
 from services.fallback_model.eval import direct, metrics, remote, report, robustness
-from services.fallback_model.eval.corpus import Row, find_sets, read_rows
+from services.fallback_model.eval.corpus import NOISY, Row, find_sets, read_rows
 from services.fallback_model.paths import DEFAULT_MODEL
 
 _SEED = 5
@@ -45,8 +45,8 @@ def main() -> int:
     shown = []
     for result in results:
         shown.append(result)
-        if report.NOISY & {row.source for row in result.rows}:
-            shown.append(result.without(report.NOISY))
+        if NOISY & {row.source for row in result.rows}:
+            shown.append(result.without(NOISY))
     title = f"Portcullis detector: {arguments.url or arguments.model}"
     report.show(shown, title)
     report.write_html(shown, title, arguments.out)
@@ -121,7 +121,8 @@ def _robustness(arguments: argparse.Namespace, console: Console) -> int:
     table = Table(
         "place", "flagged", title=f"{arguments.attacks} attacks in documents of {robustness.CARRIER_CHARACTERS} characters"
     )
-    for trial in robustness.placed(attacks[: arguments.attacks], benign, _SEED):
+    attacks = attacks[: arguments.attacks]
+    for trial in robustness.placed(attacks, robustness.documents(rows, len(attacks), _SEED)):
         table.add_row(trial.name, f"{flagged(trial):.3f}")
     console.print(table)
     return 0

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import zstandard
 
+NOISY = frozenset({"mosscap", "neuralchemy", "wildguardmix"})
+"""Sources in which many labels are wrong."""
+
 
 @dataclass(frozen=True)
 class Row:

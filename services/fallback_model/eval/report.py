@@ -24,7 +24,6 @@ from matplotlib import pyplot as plt  # the backend is chosen before pyplot is l
 _WORST = 25
 _SHOWN = 400
 _LENGTHS = ((0, 100), (100, 400), (400, 1500), (1500, 6000), (6000, 10**9))
-NOISY = frozenset({"mosscap", "neuralchemy", "wildguardmix"})
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-from services.fallback_model.eval.corpus import Row
+from services.fallback_model.eval.corpus import NOISY, Row
 
 Disguise = Callable[[str, random.Random], str]
 
@@ -78,19 +78,35 @@ def disguised(texts: list[str], seed: int) -> list[Trial]:
     return trials
 
 
-def placed(attacks: list[str], benign: list[str], seed: int) -> list[Trial]:
-    """Every attack at three places of one and the same document of 20 000 characters; and the documents without any."""
+def documents(rows: list[Row], number: int, seed: int) -> list[list[str]]:
+    """The parts of `number` harmless documents of 20 000 characters, each put together from texts of one source.
+
+    A real document is of one kind. Sources with noisy labels are left out, and those that have not so many characters.
+    """
     rng = random.Random(seed)
-    documents = []
-    for _ in attacks:
+    sources: dict[str, list[str]] = {}
+    for row in rows:
+        if row.label == 0 and row.source not in NOISY:
+            sources.setdefault(row.source, []).append(row.text)
+    kinds = [texts for _, texts in sorted(sources.items()) if sum(map(len, texts)) >= CARRIER_CHARACTERS]
+    made = []
+    for index in range(number):
+        texts = kinds[index % len(kinds)]
         parts: list[str] = []
-        while sum(map(len, parts)) < CARRIER_CHARACTERS:
-            parts.append(rng.choice(benign))
-        documents.append(parts)
-    trials = [Trial("no attack", ["\n".join(parts) for parts in documents])]
+        for text in rng.sample(texts, len(texts)):
+            parts.append(text)
+            if sum(map(len, parts)) >= CARRIER_CHARACTERS:
+                break
+        made.append(parts)
+    return made
+
+
+def placed(attacks: list[str], carriers: list[list[str]]) -> list[Trial]:
+    """The documents (as parts) without any attack; and every attack at three places of one and the same document."""
+    trials = [Trial("no attack", ["\n".join(parts) for parts in carriers])]
     for place, share in PLACES.items():
         texts = []
-        for attack, parts in zip(attacks, documents, strict=True):
+        for attack, parts in zip(attacks, carriers, strict=True):
             at = round(share * len(parts))
             texts.append("\n".join([*parts[:at], attack, *parts[at:]]))
         trials.append(Trial(place, texts))

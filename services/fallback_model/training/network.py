@@ -8,8 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import onnx
 import torch
+from onnx import numpy_helper
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
@@ -132,4 +136,46 @@ def load_base(path: Path, threats: int, dropout: float) -> Detector:
     heads = {f"{head}.{end}" for head in ("malicious", "threats") for end in ("weight", "bias")}
     if unexpected or set(missing) != heads:
         raise KeyError(f"checkpoint does not fit: missing {sorted(set(missing) - heads)}, unexpected {unexpected}")
+    return model
+
+
+def load_release(path: Path, threats: int, dropout: float) -> Detector:
+    """The detector on the weights of a released `model.onnx` (see `export`), as far as eight bits have kept them.
+
+    Raises KeyError if the file is not such a release.
+    """
+    found: dict[str, Any] = {one.name: numpy_helper.to_array(one) for one in onnx.load(str(path)).graph.initializer}
+    shape = Shape()
+    model = Detector(shape, threats, dropout)
+    target: dict[str, Any] = {
+        "words.weight": found["words"].astype(np.float32) * found["words.scales"],
+        "norm.weight": found["norm.gain"],
+        "norm.bias": found["norm.shift"],
+    }
+    places = model.places.weight.detach().numpy().copy()
+    places[: len(found["places"])] = found["places"]  # what the kind adds to each is in these already, and `kind` stays zero
+    target["places.weight"] = places
+
+    def linear(name: str) -> tuple[Any, Any]:
+        return (found[f"{name}.weight"].astype(np.float32) * found[f"{name}.scale"]).T, found[f"{name}.bias"]
+
+    for index in range(shape.layers):
+        layer = f"layers.{index}"
+        joined, shift = linear(f"{layer}.joined")
+        scale = (shape.width // shape.heads) ** 0.5  # the export folds the scale of the scores into the query
+        for place, part in enumerate(("query", "key", "value")):
+            rows = slice(place * shape.width, (place + 1) * shape.width)
+            factor = scale if part == "query" else 1.0
+            target[f"{layer}.{part}.weight"], target[f"{layer}.{part}.bias"] = joined[rows] * factor, shift[rows] * factor
+        for part in ("mix", "widen", "narrow"):
+            target[f"{layer}.{part}.weight"], target[f"{layer}.{part}.bias"] = linear(f"{layer}.{part}")
+        for part in ("norm_attention", "norm_output"):
+            target[f"{layer}.{part}.weight"] = found[f"{layer}.{part}.gain"]
+            target[f"{layer}.{part}.bias"] = found[f"{layer}.{part}.shift"]
+    for head in ("malicious", "threats"):
+        target[f"{head}.weight"], target[f"{head}.bias"] = found[f"{head}.weight"].T, found[f"{head}.bias"]
+    values = {name: torch.tensor(np.ascontiguousarray(value)) for name, value in target.items()}
+    missing, unexpected = model.load_state_dict(values, strict=False)
+    if unexpected or set(missing) != {"kind"}:
+        raise KeyError(f"not a release of this network: missing {missing}, unexpected {unexpected}")
     return model

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from services.fallback_model.characters import spell
 from services.fallback_model.detector import Model
 from services.fallback_model.engine import FORMAT, inputs
-from services.fallback_model.eval import direct, metrics
+from services.fallback_model.eval import direct, metrics, robustness
 from services.fallback_model.eval.corpus import Row, find_sets, read_rows
 from services.fallback_model.eval.direct import Scored
 from services.fallback_model.labels import THREATS
@@ -67,7 +67,8 @@ def release(weights: Path, base: Path, data: Path, out: Path, name: str, seed: i
             _write_config(directory, _config(name, 0.5, (1.0, 0.0), [0.0] * len(THREATS), 0.0))
         delta = _compare(out, full, compared)
     scored = {set_name: _score(out, rows) for set_name, rows in sets.items()}
-    documents = _score(out, [Row(text, 0) for text in calibrate.long_benign(valid, _LONG_DOCUMENTS, seed)])
+    parts = robustness.documents(valid, _LONG_DOCUMENTS, seed)
+    documents = _score(out, [Row("\n".join(texts), 0) for texts in parts])
     labels = np.array([row.label for row in valid], dtype=np.float64)
     penalty = calibrate.fit_penalty(
         labels, _raw(scored["valid"]), _windows(scored["valid"]), _raw(documents), _windows(documents)

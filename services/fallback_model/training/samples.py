@@ -16,21 +16,59 @@ from typing import Final, Literal
 import zstandard
 
 from services.fallback_model.characters import spell
+from services.fallback_model.eval.corpus import NOISY
 from services.fallback_model.labels import THREATS
 from services.fallback_model.training import phrases, written
 from services.fallback_model.training.carriers import pair
 from services.fallback_model.training.noise import damage, encoded
 
-Mixture = Literal["data", "all"]
-"""Mostly the rows of the data, or these and as much that is made up around them."""
+Mixture = Literal["data", "all", "written"]
+"""Mostly the rows of the data; these and as much that is made up around them; or with most of what people wrote for this."""
+
+_SHARES: Final[dict[Mixture, dict[str, float]]] = {
+    "data": {
+        "real_attack": 0.368,
+        "real_benign": 0.400,
+        "real_mixed": 0.032,
+        "in_carrier": 0.052,
+        "grammar_attack": 0.018,
+        "grammar_harmless": 0.014,
+        "written_english": 0.048,
+        "written_foreign": 0.060,
+        "own_encoded": 0.008,
+    },
+    "all": {
+        "real_attack": 0.258,
+        "real_benign": 0.280,
+        "real_mixed": 0.022,
+        "in_carrier": 0.114,
+        "grammar_attack": 0.040,
+        "grammar_harmless": 0.031,
+        "written_english": 0.106,
+        "written_foreign": 0.132,
+        "own_encoded": 0.017,
+    },
+    "written": {
+        "real_attack": 0.240,
+        "real_benign": 0.265,
+        "real_mixed": 0.022,
+        "real_in_document": 0.070,
+        "in_carrier": 0.100,
+        "grammar_attack": 0.012,
+        "grammar_harmless": 0.012,
+        "written_english": 0.150,
+        "written_foreign": 0.117,
+        "own_encoded": 0.012,
+    },
+}
+"""How often each maker (the methods of `Sampler`) is asked."""
 
 CLS, SEP, PAD = 101, 102, 0
 """The base's special tokens."""
 
-NOISY: Final = frozenset({"mosscap", "neuralchemy", "wildguardmix"})
 # How often a source is drawn, beside the power of its size: small good ones more, template-made and easy ones less.
 FACTORS: Final = {
-    "deepset_train": 4.5,
+    "deepset_train": 6.0,
     "spikee_docs": 1.5,
     "spikee_seeds": 1.5,
     "giskard": 3.0,
@@ -163,19 +201,8 @@ class Sampler:
         self.foreign = [texts for language, texts in self.written.items() if language != "en"]
         self._positions = positions or {}
         self._sentences: dict[int, int] = {}
-        real = {"data": 0.8, "all": 0.56}[mixture]
-        own = 1 - real
-        self._makers = [
-            (self._real_attack, 0.46 * real),
-            (self._real_benign, 0.50 * real),
-            (self._real_mixed, 0.04 * real),
-            (self._in_carrier, 0.26 * own),
-            (self._grammar_attack, 0.09 * own),
-            (self._grammar_harmless, 0.07 * own),
-            (self._written_english, 0.24 * own),
-            (self._written_foreign, 0.30 * own),
-            (self._own_encoded, 0.04 * own),
-        ]
+        shares = _SHARES[mixture]
+        self._makers = [(getattr(self, f"_{name}"), share) for name, share in shares.items()]
 
     def stream(self) -> Iterator[Sample]:
         makers, weights = zip(*self._makers, strict=True)
@@ -375,3 +402,16 @@ class Sampler:
             rng.shuffle(parts)
             return [Sample(gap.join(parts), 0.97, THREATS.index(row.threat) if row.threat else -1, 1.0, 0.3, complete=True)]
         return [Sample(gap.join([good, rng.choice(self.short_benign).text]), 0.01, -1)]
+
+    def _real_in_document(self) -> list[Sample]:
+        """A pair: a row of either class at any place among other harmless texts, so that neither place nor company tells."""
+        rng = self.rng
+        bad, good = self._pick(1), self._pick(0)
+        before, after = (self._slice(rng.choice(self.prose), 500) if rng.random() < share else "" for share in (0.75, 0.6))
+        gap = rng.choice(["\n\n", "\n", " "])
+
+        def inside(row: Row) -> str:
+            return gap.join(part for part in (before, self._cut(row)[:600], after) if part)
+
+        threat = THREATS.index(bad.threat) if bad.threat else -1
+        return [Sample(inside(bad), 0.97, threat, 1.0, 0.5, complete=True), Sample(inside(good), 0.015, -1)]

@@ -20,7 +20,7 @@ from torch.nn import functional
 from services.fallback_model.characters import spell
 from services.fallback_model.labels import THREATS
 from services.fallback_model.training.locate import positions
-from services.fallback_model.training.network import Detector, load_base
+from services.fallback_model.training.network import Detector, load_base, load_release
 from services.fallback_model.training.samples import CLS, PAD, SEP, Mixture, Sample, Sampler, read_rows
 
 
@@ -61,6 +61,12 @@ class Plan:
     @property
     def tokens(self) -> int:
         return sum(stage.tokens for stage in self.stages)
+
+
+FROM_RELEASE = Plan(
+    stages=(Stage(10_000_000, "written"),), learning_rate=1.2e-4, head_rate=3e-4, warm_up_tokens=300_000, decay_share=0.85
+)
+"""For training on from a release: gentler, since what is there is good, and falling nearly from the beginning."""
 
 
 @dataclass(frozen=True)
@@ -193,9 +199,12 @@ class Progress:
         self.stage, self.steps, self.tokens = state["counts"]
 
 
-def begin(base: Path, plan: Plan) -> Progress:
-    """A run at its start: base weights, fresh heads, their average, and an optimizer."""
-    model = load_base(base / "model.safetensors", len(THREATS), plan.dropout)
+def begin(base: Path, plan: Plan, start: Path | None = None) -> Progress:
+    """A run at its start: base weights and fresh heads (or a release's weights), their average, and an optimizer."""
+    if start is None:
+        model = load_base(base / "model.safetensors", len(THREATS), plan.dropout)
+    else:
+        model = load_release(start / "model.onnx", len(THREATS), plan.dropout)
     heads = [*model.malicious.parameters(), *model.threats.parameters()]
     known = {id(parameter) for parameter in heads}
     body = [parameter for parameter in model.parameters() if id(parameter) not in known]
@@ -210,11 +219,14 @@ def begin(base: Path, plan: Plan) -> Progress:
     return Progress(model, copy.deepcopy(model), optimizer)
 
 
-def train(train_file: Path, base: Path, out: Path, plan: Plan, stages: int, *, resume: bool = False) -> Path:
+def train(
+    train_file: Path, base: Path, out: Path, plan: Plan, stages: int, *, resume: bool = False, start: Path | None = None
+) -> Path:
     """Trains and returns the path of the checkpoint (`weights.pt`, the average) in `out`.
 
     `stages`: how many of the plan's stages to train for now.
     `resume`: go on after the last stage that was finished there; the result is that of a run without a break.
+    `start`: a released model directory to train on from, instead of the base model.
     """
     if "WORLD_SIZE" in os.environ and not distributed.is_initialized():
         distributed.init_process_group("gloo")
@@ -222,18 +234,21 @@ def train(train_file: Path, base: Path, out: Path, plan: Plan, stages: int, *, r
     torch.set_num_threads(plan.threads)
     torch.manual_seed(plan.seed + 1000 * rank)
     out.mkdir(parents=True, exist_ok=True)
-    progress = begin(base, plan)
+    progress = begin(base, plan, start)
     if resume:
         progress.load(out / "state.pt")
     if rank == 0:
-        (out / "plan.json").write_text(json.dumps(asdict(plan) | {"processes": world}, indent=1))
+        (out / "plan.json").write_text(
+            json.dumps(asdict(plan) | {"processes": world, "continued_from": start.name if start else None}, indent=1)
+        )
     rows = read_rows(train_file)
     tokenizer = bare_tokenizer(base / "tokenizer.json")
     while progress.stage < stages:
         seed = plan.seed + 100 * progress.stage + 1000 * rank  # every process and stage draws its own samples
         torch.manual_seed(seed)
-        # The first stage has not seen anything yet that it could be asked about.
-        found = positions(progress.average, rows, tokenizer, plan.max_tokens) if progress.stage else None
+        # The base model has not seen anything yet that it could be asked about.
+        learnt = progress.stage > 0 or start is not None
+        found = positions(progress.average, rows, tokenizer, plan.max_tokens) if learnt else None
         stream = Sampler(rows, seed, plan.stages[progress.stage].mixture, found).stream()
         _run_stage(progress, batches(stream, tokenizer, replace(plan, seed=seed)), plan, rank, world)
         progress.stage += 1

@@ -41,7 +41,8 @@ class Written:
         draw = rng.random()
         override, order = self.lists.get("override", []), self.lists.get("order", [])
         if self.attacks and (draw < 0.6 or not override):
-            kind = rng.choice(list(self.attacks))
+            kinds = list(self.attacks)
+            kind = rng.choices(kinds, [len(self.attacks[kind]) ** 0.7 for kind in kinds])[0]  # few texts must not come too often
             return rng.choice(self.attacks[kind]), kind
         if "alone" in self.lists and draw < 0.72:
             return rng.choice(self.lists["alone"]), None
