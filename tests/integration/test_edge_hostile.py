@@ -15,7 +15,7 @@ from libs.common.bus import Answer
 from libs.common.context import RequestContext
 from libs.common.contracts import DetectRequest
 from libs.common.keys import digest, generate
-from services.edge.gate import IN_FLIGHT
+from services.edge.metrics import IN_FLIGHT
 from tests.integration.test_edge import BODY, KEY, POST, RATE, VERDICT, Fleet, assert_only_problem, fleet, until
 
 __all__ = ["fleet"]
