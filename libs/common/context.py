@@ -14,6 +14,9 @@ REQUEST_ID_HEADER = "Portcullis-Request-Id"
 TRACEPARENT_HEADER = "traceparent"
 TIMINGS_HEADER = "Portcullis-Timings"
 
+MAX_DEADLINE_MS = 1 << 53
+"""Beyond it no float holds a millisecond, and far beyond it none holds anything."""
+
 # A request id ends up in headers, logs and answers: no spaces, no control characters, bounded.
 REQUEST_ID_PATTERN = re.compile(r"[A-Za-z0-9._:@/+=-]{1,128}", re.ASCII)
 # W3C Trace Context, version 00: https://www.w3.org/TR/trace-context/#traceparent-header
@@ -90,6 +93,8 @@ def from_headers(headers: dict[str, str], origin: str | None = None) -> RequestC
     """
     try:
         deadline_ms = int(headers[DEADLINE_HEADER])
+        if abs(deadline_ms) > MAX_DEADLINE_MS:
+            raise ValueError
     except (KeyError, ValueError):
         raise PortcullisError(ErrorCode.BAD_REQUEST, f"The message has no valid {DEADLINE_HEADER} header.") from None
     request_id = headers.get(REQUEST_ID_HEADER, "")
