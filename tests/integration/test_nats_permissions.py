@@ -169,7 +169,10 @@ async def test_a_service_reads_its_own_subjects_only(server: Server, service: st
 
 # --- what the lists say --------------------------------------------------------------------------------------------------
 
-BROADCASTS = {subjects.EVENT_LEFT, subjects.CLIENT_DISCONNECTED, subjects.EVENT_BREAKER_CHANGED}
+BROADCASTS = {
+    subjects.EVENT_LEFT, subjects.CLIENT_DISCONNECTED, subjects.EVENT_BREAKER_CHANGED, subjects.EVENT_TRACE_KEPT,
+    subjects.EVERYBODYS_STATS,
+}  # fmt: skip
 """What several services read."""
 FROM_ELSEWHERE = {subjects.AUTH_CALLOUT, subjects.CLIENT_DISCONNECTED}
 """What the server itself sends."""
@@ -177,7 +180,7 @@ FOR_ELSEWHERE = {
     subjects.AUTH_CALLOUT_REPLIES, subjects.CONNECTIONS, subjects.KICK, subjects.USAGE_RECORDED, subjects.DOOR_LIVE_RESULTS,
 }  # fmt: skip
 """What the server itself, a stream or a client takes."""
-UNNAMED = {"AUTH_CALLOUT_REPLIES", "POOL_PING"}
+UNNAMED = {"AUTH_CALLOUT_REPLIES", "POOL_PING", "EVERYBODYS_STATS"}
 """Where a message says that its answer goes, and where nats-py answers by itself."""
 GROUPS = {
     "JOBS_OPERATIONS": subjects.JOBS_OPERATIONS.values(),
