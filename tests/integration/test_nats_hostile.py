@@ -25,6 +25,8 @@ from libs.common.contracts import DetectPayload, DetectRequest, IssuedKey, Regis
 from libs.common.errors import ErrorCode
 from libs.common.subjects import PERMISSIONS, SERVICES
 from services.auth.app import parts as auth_parts
+from services.console.app import front as console_front
+from services.console.settings import ConsoleSettings
 from services.detector_proxy.app import parts as proxy_parts
 from services.detector_proxy.settings import DetectorProxySettings
 from services.edge.app import front
@@ -123,6 +125,7 @@ async def services(kit: Kit, redis: Server, issuer: str) -> AsyncIterator[dict[s
 
     buses = {name: kit.bus(name) for name in SERVICES}
     edge = {**access("edge"), "edge_port": free_port(), "edge_stop_grace_seconds": 0}
+    console = {**access("console"), "console_port": free_port(), "console_open": True}
     parts = {
         "auth": auth_parts(buses["auth"], kit.settings(nats_issuer_seed=issuer)),
         "limiter": limiter_parts(buses["limiter"], LimiterSettings.model_validate(access("limiter") | {"redis_url": redis.url})),
@@ -132,6 +135,7 @@ async def services(kit: Kit, redis: Server, issuer: str) -> AsyncIterator[dict[s
         ),
         "jobs": jobs_parts(buses["jobs"], JobSettings.model_validate(access("jobs"))),
         "edge": front(buses["edge"], EdgeSettings.model_validate(edge)),
+        "console": console_front(buses["console"], ConsoleSettings.model_validate(console)),
     }
     async with AsyncExitStack() as stack:
         for name, bus in buses.items():
