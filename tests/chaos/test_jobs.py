@@ -1,7 +1,7 @@
 """A job through the whole stack while its processes are killed: one result for each item, and the results of a quiet run.
 
 `PORTCULLIS_TEST_JOB_ITEMS` items (600), from `PORTCULLIS_TEST_JOB_TEXTS` (JSON lines with a `text`, or a text a line) or made
-up, and a kill every `PORTCULLIS_TEST_JOB_KILL_SECONDS` (1).
+up, and a kill every `PORTCULLIS_TEST_JOB_KILL_SECONDS` (2).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tests.chaos.kit import Stack, callers, wait_for_detection
 
 ITEMS = int(os.environ.get("PORTCULLIS_TEST_JOB_ITEMS", "600"))
 TEXTS = os.environ.get("PORTCULLIS_TEST_JOB_TEXTS")
-KILL_SECONDS = float(os.environ.get("PORTCULLIS_TEST_JOB_KILL_SECONDS", "1"))
+KILL_SECONDS = float(os.environ.get("PORTCULLIS_TEST_JOB_KILL_SECONDS", "2"))
 VICTIMS = ("fallback_model", "detector_proxy", "limiter", "auth", "nats", "edge", "jobs")
 SECONDS_PER_ITEM = 0.2
 """What an item may take at most on a slow machine whose processes are killed all the time; and a while for the beginning."""
