@@ -124,7 +124,7 @@ async def test_stats_tell_what_was_done(nats_server: Server, nats_passwords: dic
     async with operator(nats_server, nats_passwords) as client:
         for endpoint in await stats_of(client):
             assert endpoint["num_requests"] == 0
-            assert endpoint["data"] == {"in_flight": 0, "queued": 0, "p50_ms": None, "p99_ms": None}
+            assert endpoint["data"] == {"in_flight": 0, "queued": 0, "refused": 0, "p50_ms": None, "p99_ms": None}
         for value in (*range(1, 10), 13):
             await edge.request(subjects.DETECT_REQUEST, Ping(value=value), context())
         told = await stats_of(client)
