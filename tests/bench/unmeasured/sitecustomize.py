@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from prometheus_client import Counter, Gauge, Histogram
@@ -15,7 +16,12 @@ def _itself(metric: Any, *_: Any, **__: Any) -> Any:
     return metric
 
 
-for kind, methods in ((Counter, ("inc",)), (Gauge, ("inc", "dec", "set")), (Histogram, ("observe",))):
+def _in_progress(_: Any) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
+Gauge.track_inprogress = _in_progress  # type: ignore[method-assign,assignment]
+for kind, methods in ((Counter, ("inc",)), (Gauge, ("inc", "dec", "set", "set_function")), (Histogram, ("observe",))):
     for method in methods:
         setattr(kind, method, _nothing)
     kind.labels = _itself  # type: ignore[method-assign,assignment]
