@@ -13,6 +13,8 @@ from libs.common.errors import CATALOGUE, ErrorCode
 from libs.common.recent import RecentDurations
 
 OK = "ok"
+REFUSED = "refused"
+FAILED = "failed"
 EXPIRED = "expired"
 """The outcome of a message whose deadline has passed: dropped, or given up in the middle."""
 
@@ -22,59 +24,36 @@ def result_of(outcome: str) -> str:
     if outcome == OK:
         return OK
     if outcome == EXPIRED:
-        return "failed"
-    return "refused" if CATALOGUE[ErrorCode(outcome)].status < 500 else "failed"
+        return FAILED
+    return REFUSED if CATALOGUE[ErrorCode(outcome)].status < 500 else FAILED
 
 
-class StageMeter:
-    """Counts of one subject in this process. `in_flight`: messages being worked on; `queued`: those that nobody works on yet."""
+class EndpointMeter:
+    """What an endpoint of this process tells `$SRV.STATS`. `in_flight`: being worked on; `queued`: nobody works on it yet."""
 
     def __init__(
-        self, name: str, subject: str, queue_group: str, limit: int, *, in_flight: Callable[[], int], queued: Callable[[], int]
+        self, name: str, subject: str, queue_group: str, *, in_flight: Callable[[], int], queued: Callable[[], int]
     ) -> None:
         self.subject = subject
+        self.requests = 0
         self.last_error = ""
         self._name = name
         self._queue_group = queue_group
         self._in_flight = in_flight
         self._queued = queued
-        self.requests = 0
-        self._errors = 0
+        self._failed = 0
         self._refused = 0
         self._processing_ns = 0
         self._recent = RecentDurations()
-        # `labels()` costs more than the counting; outcomes are few.
-        self._series: dict[str, tuple[Counter, Histogram]] = {}
-        telemetry.STAGE_IN_FLIGHT.labels(subject).set_function(in_flight)
-        telemetry.STAGE_QUEUED.labels(subject).set_function(queued)
-        telemetry.STAGE_LIMIT.labels(subject).set(limit)
-        self._of(OK)
-        for trouble in (ErrorCode.OVERLOADED, ErrorCode.INTERNAL):
-            # From the start: the first of a series that appears with it is no increase, and there are alerts on these.
-            telemetry.STAGE_REQUESTS.labels(subject, trouble)
 
-    def count(self, outcome: str, spent_ns: int | None) -> None:
-        """One message, done with. `spent_ns` None: it was turned away before any work, which says nothing about durations."""
-        requests, durations = self._of(outcome)
-        requests.inc()
+    def add(self, result: str, spent_ns: int | None) -> None:
+        """`result`: as of `result_of`. `spent_ns` None: turned away before any work, which says nothing about durations."""
         self.requests += 1
-        if outcome != OK:
-            self._errors += 1
-            self._refused += result_of(outcome) == "refused"
-            self.last_error = outcome
+        self._failed += result == FAILED
+        self._refused += result == REFUSED
         if spent_ns is not None:
             self._processing_ns += spent_ns
             self._recent.add(spent_ns, time.perf_counter_ns())
-            durations.observe(spent_ns / 1e9, telemetry.exemplar())
-
-    def _of(self, outcome: str) -> tuple[Counter, Histogram]:
-        series = self._series.get(outcome)
-        if series is None:
-            series = self._series[outcome] = (
-                telemetry.STAGE_REQUESTS.labels(self.subject, outcome),
-                telemetry.STAGE_DURATION.labels(self.subject, result_of(outcome)),
-            )
-        return series
 
     def info(self) -> EndpointInfo:
         return EndpointInfo(name=self._name, subject=self.subject, queue_group=self._queue_group, metadata={})
@@ -90,7 +69,7 @@ class StageMeter:
             subject=self.subject,
             queue_group=self._queue_group,
             num_requests=self.requests,
-            num_errors=self._errors,
+            num_errors=self._failed + self._refused,
             processing_time=self._processing_ns,
             average_processing_time=self._processing_ns // self.requests if self.requests else 0,
             last_error=self.last_error,
@@ -102,3 +81,42 @@ class StageMeter:
                 "p99_ms": self._recent.percentile_ms(0.99, now_ns),
             },
         )
+
+
+class StageMeter(EndpointMeter):
+    """Counts of one subject in this process, for Prometheus too. `limit`: how many messages it works on at most."""
+
+    def __init__(
+        self, name: str, subject: str, queue_group: str, limit: int, *, in_flight: Callable[[], int], queued: Callable[[], int]
+    ) -> None:
+        super().__init__(name, subject, queue_group, in_flight=in_flight, queued=queued)
+        # `labels()` costs more than the counting; outcomes are few.
+        self._series: dict[str, tuple[str, Counter, Histogram]] = {}
+        telemetry.STAGE_IN_FLIGHT.labels(subject).set_function(in_flight)
+        telemetry.STAGE_QUEUED.labels(subject).set_function(queued)
+        telemetry.STAGE_LIMIT.labels(subject).set(limit)
+        self._of(OK)
+        for trouble in (ErrorCode.OVERLOADED, ErrorCode.INTERNAL):
+            # From the start: the first of a series that appears with it is no increase, and there are alerts on these.
+            telemetry.STAGE_REQUESTS.labels(subject, trouble)
+
+    def count(self, outcome: str, spent_ns: int | None) -> None:
+        """One message, done with; `spent_ns` as of `add`."""
+        result, requests, durations = self._of(outcome)
+        requests.inc()
+        if outcome != OK:
+            self.last_error = outcome
+        if spent_ns is not None:
+            durations.observe(spent_ns / 1e9, telemetry.exemplar())
+        self.add(result, spent_ns)
+
+    def _of(self, outcome: str) -> tuple[str, Counter, Histogram]:
+        series = self._series.get(outcome)
+        if series is None:
+            result = result_of(outcome)
+            series = self._series[outcome] = (
+                result,
+                telemetry.STAGE_REQUESTS.labels(self.subject, outcome),
+                telemetry.STAGE_DURATION.labels(self.subject, result),
+            )
+        return series

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
 import secrets
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack
@@ -37,7 +36,8 @@ from libs.common.contracts import (
     Verdict,
 )
 from libs.common.errors import ErrorCode, PortcullisError
-from services.edge import core, items, problems
+from services.edge import core, items
+from services.edge.asking import insist
 from services.edge.bodies import Bodies
 from services.edge.gate import Call, Gate, call_of
 from services.edge.items import Entry, Lines, Pace, Tally
@@ -49,11 +49,9 @@ from services.edge.schemas import BatchLine, DetectConfig
 
 log = logging.getLogger(__name__)
 
-PAUSE_SECONDS = (0.05, 1.0)
-"""The first and the longest pause before a message is sent again that found no room or nobody there."""
 STOP_SECONDS = 10.0
 """When the process is about to stop: how long a list that has been charged may still take."""
-_COMES_BACK = frozenset({ErrorCode.STAGE_UNAVAILABLE, ErrorCode.OVERLOADED})
+_PASSING = frozenset({ErrorCode.STAGE_UNAVAILABLE, ErrorCode.OVERLOADED})
 _MOST_ITEM_SPANS = 8
 """Items of one message that failed and are shown in the trace, each by itself."""
 _STOPPING = "The gateway is about to stop; send the rest again."
@@ -292,26 +290,9 @@ class Desk:
         return [items.outcome_of(result) for result in results]
 
     async def _insist(self, subject: str, message: Message, token: str | None = None) -> Answered:
-        """Ask until there is an answer or the time for one is over, for what is full or away now may not be so for long."""
-        clock = self.clock
-        context = RequestContext(int((clock.now() + self._seconds) * 1000), self.call.request_id, self.call.traceparent)
-        pause, longest = PAUSE_SECONDS
-        while True:
-            try:
-                answered = await self._stages.request(subject, message, context, idempotent=True, token=token)
-            except PortcullisError as error:
-                failure, refusal = error, None
-            else:
-                reply = answered.reply
-                if reply.error is None:
-                    return answered
-                failure = problems.from_reply(reply.error)
-                refusal = Refused(failure, reply.rate)
-            seconds = pause * random.uniform(0.5, 1.5)  # noqa: S311  # spreads out retries
-            if failure.code not in _COMES_BACK or context.remaining_seconds(clock.now()) <= seconds:
-                raise refusal or failure
-            await asyncio.sleep(seconds)
-            pause = min(pause * 2, longest)
+        deadline_ms = int((self.clock.now() + self._seconds) * 1000)
+        context = RequestContext(deadline_ms, self.call.request_id, self.call.traceparent)
+        return await insist(self._stages, subject, message, context, passing=_PASSING, token=token)
 
 
 class Run:

@@ -42,7 +42,8 @@ from libs.common.contracts import (
     raw,
 )
 from libs.common.errors import ErrorCode, PortcullisError
-from services.edge import core, items, problems
+from services.edge import core, items
+from services.edge.asking import insist
 from services.edge.batch import Feed, ListFeed, NdjsonFeed
 from services.edge.bodies import Bodies
 from services.edge.gate import Call, Gate, call_of
@@ -57,9 +58,7 @@ MAX_RESULTS = 100_000
 APPEND_CHARACTERS = 250_000
 """Of one message, unless a single text is longer: at most 1.5 MB of JSON."""
 PAGE = 500
-PAUSE_SECONDS = (0.05, 1.0)
-"""The first and the longest pause before something is asked again that found no room or nobody there."""
-_COMES_BACK = frozenset({ErrorCode.STAGE_UNAVAILABLE, ErrorCode.INTERNAL})
+_PASSING = frozenset({ErrorCode.STAGE_UNAVAILABLE, ErrorCode.INTERNAL})
 
 _JOB_ID = re.compile("[0-9a-f]{28}", re.ASCII)
 _CURSOR = re.compile("[0-9]{1,18}", re.ASCII)
@@ -247,28 +246,16 @@ class Jobs:
         return JobRequest(credential=core.credential(call.headers), operation=operation, payload=raw(payload))
 
     async def _ask(self, call: Call, operation: JobOperation, payload: Message) -> Answered:
-        """Ask until there is an answer or the time for one is over: every operation can be repeated, and does its work once."""
-        clock = self._stages.clock
-        context = self._context(call)
-        message = self._message(call, operation, payload)
+        """Every operation can be repeated, and does its work once."""
         token = f"j{random.getrandbits(64):x}"  # a name of this request; nothing secret depends on it
-        pause, longest = PAUSE_SECONDS
-        while True:
-            try:
-                answered = await self._stages.request(subjects.JOBS_REQUEST, message, context, idempotent=True, token=token)
-            except PortcullisError as error:
-                failure, refusal = error, None
-            else:
-                reply = answered.reply
-                if reply.error is None:
-                    return answered
-                failure = problems.from_reply(reply.error)
-                refusal = Refused(failure, reply.rate)
-            wait = pause * random.uniform(0.5, 1.5)  # noqa: S311  # spreads out retries
-            if failure.code not in _COMES_BACK or context.remaining_seconds(clock.now()) <= wait:
-                raise refusal or failure
-            await asyncio.sleep(wait)
-            pause = min(pause * 2, longest)
+        return await insist(
+            self._stages,
+            subjects.JOBS_REQUEST,
+            self._message(call, operation, payload),
+            self._context(call),
+            passing=_PASSING,
+            token=token,
+        )
 
 
 class _Submission:

@@ -6,14 +6,12 @@ and neither what administrators do nor anything of the process and the stages. E
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 
-from nats.micro.service import EndpointInfo, EndpointStats
 from prometheus_client import Counter, Gauge, Histogram, generate_latest
 from prometheus_client.metrics_core import Metric
 
-from libs.common.recent import RecentDurations
+from libs.common.meter import FAILED, OK, REFUSED, EndpointMeter
 
 REQUESTS = Counter("portcullis_http_requests_total", "Requests answered, by route and status.", ["method", "route", "status"])
 DURATION = Histogram(
@@ -56,61 +54,26 @@ def status_class(status: int) -> str:
     return f"{status // 100}xx" if status else "none"
 
 
-class CallMeter:
-    """Calls of one kind, for whoever asks `$SRV.STATS`: as `libs.common.meter` tells of messages."""
-
-    def __init__(self, name: str, in_flight: Callable[[], int]) -> None:
-        self._name = name
-        self._in_flight = in_flight
-        self._requests = 0
-        self._failed = 0
-        self._refused = 0
-        self._processing_ns = 0
-        self._recent = RecentDurations()
-
-    def count(self, status: int, spent_ns: int) -> None:
-        """One call. `status` 0: the caller has gone, which is nobody's failure."""
-        self._requests += 1
-        self._failed += status >= 500
-        self._refused += 400 <= status < 500
-        self._processing_ns += spent_ns
-        self._recent.add(spent_ns, time.perf_counter_ns())
-
-    def info(self) -> EndpointInfo:
-        return EndpointInfo(name=self._name, subject=self._name, queue_group="edge", metadata={})
-
-    def stats(self) -> EndpointStats:
-        """`data` as that of a stage; nothing waits here."""
-        now_ns = time.perf_counter_ns()
-        return EndpointStats(
-            name=self._name,
-            subject=self._name,
-            queue_group="edge",
-            num_requests=self._requests,
-            num_errors=self._failed + self._refused,
-            processing_time=self._processing_ns,
-            average_processing_time=self._processing_ns // self._requests if self._requests else 0,
-            last_error="",
-            data={
-                "in_flight": self._in_flight(),
-                "queued": 0,
-                "refused": self._refused,
-                "p50_ms": self._recent.percentile_ms(0.5, now_ns),
-                "p99_ms": self._recent.percentile_ms(0.99, now_ns),
-            },
-        )
-
-
 class CallMeters:
-    """Single texts, many texts, and everything else: their durations have nothing to do with each other."""
+    """Single texts, many texts, and everything else, for `$SRV.STATS`: their durations have nothing to do with each other."""
 
     def __init__(self, in_flight: Callable[[], int]) -> None:
         # All calls are counted as one number; telling them once is enough.
-        self._detect = CallMeter("http-detect", in_flight)
-        self._batch = CallMeter("http-batch", lambda: 0)
-        self._others = CallMeter("http-others", lambda: 0)
+        self._detect = self._made("http-detect", in_flight)
+        self._batch = self._made("http-batch", _none)
+        self._others = self._made("http-others", _none)
         self.all = (self._detect, self._batch, self._others)
         self._by_route = {"/v1/detect": self._detect, "/v1/detect/batch": self._batch}
 
     def count(self, route: str, status: int, spent_seconds: float) -> None:
-        self._by_route.get(route, self._others).count(status, int(spent_seconds * 1e9))
+        """One call. `status` 0: the caller has gone, which is nobody's failure."""
+        result = FAILED if status >= 500 else REFUSED if status >= 400 else OK
+        self._by_route.get(route, self._others).add(result, int(spent_seconds * 1e9))
+
+    @staticmethod
+    def _made(name: str, in_flight: Callable[[], int]) -> EndpointMeter:
+        return EndpointMeter(name, name, "edge", in_flight=in_flight, queued=_none)
+
+
+def _none() -> int:
+    return 0

@@ -15,7 +15,7 @@ from starlette.types import Receive, Scope, Send
 from libs.common import contracts, subjects
 from libs.common.contracts import FieldError, JobAppend, JobCreate, JobOpened, JobRequest, JobSeal, Message, Reply, raw
 from libs.common.errors import ErrorCode, PortcullisError
-from services.edge import jobs
+from services.edge import asking, jobs
 from tests.unit.edge.fakes import JOB, KEY, RATE, VERDICT, FakeStages, gate_of, job_answer, refusal
 
 KEYED = {"X-API-Key": KEY}
@@ -368,7 +368,7 @@ async def test_a_query_that_cannot_be_read_is_422(client: httpx.AsyncClient, sta
 async def test_what_is_away_for_a_moment_is_asked_again(
     client: httpx.AsyncClient, stages: FakeStages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(jobs, "PAUSE_SECONDS", (0.001, 0.001))
+    monkeypatch.setattr(asking, "PAUSE_SECONDS", (0.001, 0.001))
     failures: list[PortcullisError | Reply] = [
         PortcullisError(ErrorCode.STAGE_UNAVAILABLE),
         refusal(ErrorCode.STAGE_UNAVAILABLE),
@@ -391,7 +391,7 @@ async def test_what_is_away_for_a_moment_is_asked_again(
 async def test_what_stays_away_is_503_when_the_time_is_over(
     client: httpx.AsyncClient, stages: FakeStages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(jobs, "PAUSE_SECONDS", (0.001, 0.001))
+    monkeypatch.setattr(asking, "PAUSE_SECONDS", (0.001, 0.001))
 
     def away(_: Message) -> Reply:
         stages.clock.advance(3)
