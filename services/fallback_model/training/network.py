@@ -56,17 +56,23 @@ class Layer(nn.Module):
             return projected.view(rows, tokens, self.heads, width // self.heads).transpose(1, 2)
 
         query, key, value = split(self.query(hidden)), split(self.key(hidden)), split(self.value(hidden))
-        if self.training:
+        if self.training and not hidden.is_cuda:
             # Written out: torch's own attention is half as fast backwards on processors, with heads this small.
             score = torch.matmul(query * (width // self.heads) ** -0.5, key.transpose(2, 3))
             mixed = torch.matmul(torch.softmax(score + bias.to(score.dtype), dim=-1), value)
         else:
-            mask = bias.expand(rows, self.heads, tokens, tokens)
+            mask = bias.to(query.dtype).expand(rows, self.heads, tokens, tokens)
             mixed = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         mixed = mixed.transpose(1, 2).reshape(rows, tokens, width)
         hidden = self.norm_attention(hidden + self.dropout(self.mix(mixed)))
         inner = self.narrow(functional.gelu(self.widen(hidden)))
         return self.norm_output(hidden + self.dropout(inner))
+
+
+def mean_of(hidden: Tensor, keep: Tensor) -> Tensor:
+    """Mean over the tokens that count: [rows, width]."""
+    weight = keep[:, :, None]
+    return (hidden * weight).sum(1) / weight.sum(1)
 
 
 class Detector(nn.Module):
@@ -87,17 +93,22 @@ class Detector(nn.Module):
         self.malicious = nn.Linear(3 * shape.width, 1)
         self.threats = nn.Linear(3 * shape.width, threats)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Both inputs are int64 [rows, tokens]. Returns logits: [rows] for malicious and [rows, threats]."""
-        keep = attention_mask.to(torch.float32)
+    def encode(self, input_ids: Tensor, keep: Tensor) -> Tensor:
+        """The encoder's last states, [rows, tokens, width]; `keep` is 1 where a token counts and 0 elsewhere."""
         bias = (1.0 - keep)[:, None, None, :] * -1e4
         places = torch.arange(input_ids.shape[1], device=input_ids.device)
         hidden = self.norm(self.words(input_ids) + self.places(places) + self.kind)
         hidden = self.dropout(hidden)
         for layer in self.layers:
             hidden = layer(hidden, bias)
+        return hidden
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Both inputs are int64 [rows, tokens]. Returns logits: [rows] for malicious and [rows, threats]."""
+        keep = attention_mask.to(torch.float32)
+        hidden = self.encode(input_ids, keep)
         weight = keep[:, :, None]
-        mean = (hidden * weight).sum(1) / weight.sum(1)
+        mean = mean_of(hidden, keep)
         peak = (hidden + (weight - 1.0) * 1e4).amax(1)
         pooled = self.dropout(torch.cat([hidden[:, 0], mean, peak], dim=1))
         return self.malicious(pooled)[:, 0], self.threats(pooled)

@@ -122,3 +122,17 @@ def damage(text: str, rng: random.Random) -> str:
     if draw < 0.19 and len(text) < 300:
         return rng.choice(_HEAVY)(text, rng)
     return text
+
+
+_SCRAPS: Final = r"""
+! ! ! describing similarly revert \ + now write oppositely ]( Me giving ** ONE please ? <!-- ; == interface Manuel WITH steps
+instead sentences :) ish ? tutorial }{ Sure Below theory [{ " ## Note ? onder Bahn typically \ begin here } -> 5 $ % Python
+formatted Text Rewrite Step _ ( Ted oppose ']; text using ` listed algorithm |> ++ sic rhyme /** Title Concent @ respond nil
+XV lbrace Assuming -- ~ ... endblock Ein haben printf fake contin % & prefixed ablation inner */ Example Output : ### ="${
+""".split()  # noqa: SIM905  # signs among them
+
+
+def gibberish(rng: random.Random) -> str:
+    """Twenty or so scraps of words, code and signs: what optimised suffixes look like (Zou et al. 2023, GCG)."""
+    scraps = rng.choices(_SCRAPS, k=rng.randrange(12, 28))
+    return rng.choice([" ", " ", ""]).join(scrap + rng.choice(["", "", "", ".", "ly", "Er"]) for scrap in scraps)

@@ -22,8 +22,7 @@ from services.fallback_model.eval.direct import Scored
 from services.fallback_model.labels import THREATS
 from services.fallback_model.training import calibrate, card, export
 from services.fallback_model.training.calibrate import Array
-from services.fallback_model.training.samples import CLS, SEP
-from services.fallback_model.training.train import bare_tokenizer
+from services.fallback_model.training.tokens import CLS, SEP, bare_tokenizer
 from services.fallback_model.windows import Ids
 
 MAX_TOKENS = 256
@@ -47,10 +46,14 @@ class Figures:
     long_false_alarms: float
 
 
-def release(weights: Path, base: Path, data: Path, out: Path, name: str, seed: int) -> Figures:
-    """Writes the directory `out` and returns its figures. `data` holds valid.jsonl.zst and dev/."""
+def release(weights: Path, data: Path, out: Path, name: str, seed: int) -> Figures:
+    """Writes the directory `out` and returns its figures.
+
+    `data` holds valid.jsonl.zst and dev/; `tokenizer.json` lies beside `weights`.
+    """
     out.mkdir(parents=True, exist_ok=True)
-    export.write_tokenizer(base / "tokenizer.json", out / "tokenizer.json")
+    tokenizer = weights.parent / "tokenizer.json"
+    export.write_tokenizer(tokenizer, out / "tokenizer.json")
     valid = read_rows(data / "valid.jsonl.zst")
     sets = {"valid": valid} | find_sets(data / "dev")
     compared = sets | {"valid": random.Random(seed).sample(valid, min(len(valid), _COMPARED))}
@@ -59,7 +62,7 @@ def release(weights: Path, base: Path, data: Path, out: Path, name: str, seed: i
         network = export.load_weights(weights)
         activations = export.write_onnx(network, full / "model.onnx", MAX_TOKENS)
         texts = random.Random(seed).sample(read_rows(data / "train.jsonl.zst"), _MEASURED)
-        feeds = _batches([spell(row.text) for row in texts], bare_tokenizer(base / "tokenizer.json"))
+        feeds = _batches([spell(row.text) for row in texts], bare_tokenizer(tokenizer))
         ranges = export.measure_ranges(full / "model.onnx", activations, feeds, RANGE_COVERAGE)
         export.write_onnx(network, out / "model.onnx", MAX_TOKENS, ranges)
         (full / "tokenizer.json").write_bytes((out / "tokenizer.json").read_bytes())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import itertools
 import json
 import math
@@ -11,7 +13,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final
 
 import zstandard
 
@@ -20,51 +22,23 @@ from services.fallback_model.eval.corpus import NOISY
 from services.fallback_model.labels import THREATS
 from services.fallback_model.training import phrases, written
 from services.fallback_model.training.carriers import pair
-from services.fallback_model.training.noise import damage, encoded
+from services.fallback_model.training.noise import damage, encoded, gibberish
 
-Mixture = Literal["data", "all", "written"]
-"""Mostly the rows of the data; these and as much that is made up around them; or with most of what people wrote for this."""
-
-_SHARES: Final[dict[Mixture, dict[str, float]]] = {
-    "data": {
-        "real_attack": 0.368,
-        "real_benign": 0.400,
-        "real_mixed": 0.032,
-        "in_carrier": 0.052,
-        "grammar_attack": 0.018,
-        "grammar_harmless": 0.014,
-        "written_english": 0.048,
-        "written_foreign": 0.060,
-        "own_encoded": 0.008,
-    },
-    "all": {
-        "real_attack": 0.258,
-        "real_benign": 0.280,
-        "real_mixed": 0.022,
-        "in_carrier": 0.114,
-        "grammar_attack": 0.040,
-        "grammar_harmless": 0.031,
-        "written_english": 0.106,
-        "written_foreign": 0.132,
-        "own_encoded": 0.017,
-    },
-    "written": {
-        "real_attack": 0.240,
-        "real_benign": 0.265,
-        "real_mixed": 0.022,
-        "real_in_document": 0.070,
-        "in_carrier": 0.100,
-        "grammar_attack": 0.012,
-        "grammar_harmless": 0.012,
-        "written_english": 0.150,
-        "written_foreign": 0.117,
-        "own_encoded": 0.012,
-    },
+_SHARES: Final = {
+    "real_attack": 0.262,
+    "real_benign": 0.287,
+    "real_mixed": 0.020,
+    "real_in_document": 0.070,
+    "in_carrier": 0.075,
+    "grammar_attack": 0.008,
+    "grammar_harmless": 0.010,
+    "written_english": 0.115,
+    "written_foreign": 0.108,
+    "ordinary": 0.027,
+    "own_encoded": 0.010,
+    "optimised": 0.008,
 }
 """How often each maker (the methods of `Sampler`) is asked."""
-
-CLS, SEP, PAD = 101, 102, 0
-"""The base's special tokens."""
 
 # How often a source is drawn, beside the power of its size: small good ones more, template-made and easy ones less.
 FACTORS: Final = {
@@ -90,6 +64,7 @@ FACTORS: Final = {
     "fabric_patterns": 1.3,
     "software_docs": 0.8,
 }
+FOLDS: Final = 3
 _SENTENCE: Final = re.compile(r"[^.!?\n]{1,160}[.!?\n]*\s*")
 _WORD: Final = re.compile(r"\w+")
 
@@ -114,6 +89,7 @@ class Sample:
     weight: float = 1.0
     threat_weight: float = 1.0
     complete: bool = False  # must be seen whole: what is cut off might be the attack
+    fold: int = -1  # of the row that it is made of, if it is one: see `fold_of`
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -171,13 +147,46 @@ def _is_foreign(text: str) -> bool:
     return sum(ord(char) > 0x24F for char in text) * 5 > len(text)
 
 
-class Sampler:
-    """Draws samples without end; everything random comes from the seed."""
+def fold_of(row: Row) -> int:
+    """The part of `FOLDS` that a row is in.
 
-    def __init__(self, rows: list[Row], seed: int, mixture: Mixture, positions: dict[str, int] | None = None) -> None:
+    Every teacher leaves out another part, and judges its rows without having learnt their labels by heart.
+    """
+    return hashlib.sha256(row.text.encode("utf-8", "replace")).digest()[0] % FOLDS
+
+
+class Sampler:
+    """Draws samples without end; everything random comes from the seed.
+
+    `pairs`: language, English text and translation of ordinary texts (see `parallel`): harmless texts, and carriers.
+    """
+
+    def __init__(self, rows: list[Row], pairs: list[tuple[str, str, str]], seed: int) -> None:
         rows = [spelt(row) for row in rows]
+        self.rows = rows
         self.rng = random.Random(seed)
         self.localiser = Localiser(rows)
+        self._fill(rows)
+        self.prose = [
+            row.text for row in rows if not row.label and len(row.text) > 120 and row.source != "wildguardmix" and not row.foreign
+        ]
+        self.foreign_prose: dict[str, list[str]] = defaultdict(list)
+        for row in rows:
+            if not row.label and row.lang != "en" and len(row.text) > 80:
+                self.foreign_prose[row.lang].append(row.text)
+        self.ordinary: dict[str, list[str]] = defaultdict(list)
+        for language, _, text in pairs:
+            self.ordinary[language].append(text)
+        if pairs:
+            self.ordinary["en"] = sorted({english for _, english, _ in pairs})
+        self.written = written.read_all()
+        self.english = self.written["en"]
+        self.foreign = [texts for language, texts in self.written.items() if language != "en"]
+        self.positions: dict[str, int] = {}
+        self._sentences: dict[int, int] = {}
+        self._makers = [(getattr(self, f"_{name}"), share) for name, share in _SHARES.items() if pairs or name != "ordinary"]
+
+    def _fill(self, rows: list[Row]) -> None:
         self.groups: dict[int, list[tuple[str, list[Row]]]] = {}
         self.weights: dict[int, list[float]] = {}
         for label in (0, 1):
@@ -189,20 +198,19 @@ class Sampler:
             self.weights[label] = [len(found) ** 0.85 * FACTORS.get(source, 1.0) for source, found in self.groups[label]]
         self.short_attacks = [row for row in rows if row.label and len(row.text) < 220 and not row.source.startswith("synth_e")]
         self.short_benign = [row for row in rows if not row.label and len(row.text) < 160]
-        self.prose = [
-            row.text for row in rows if not row.label and len(row.text) > 120 and row.source != "wildguardmix" and not row.foreign
-        ]
-        self.foreign_prose: dict[str, list[str]] = defaultdict(list)
-        for row in rows:
-            if not row.label and row.lang != "en" and len(row.text) > 80:
-                self.foreign_prose[row.lang].append(row.text)
-        self.written = written.read_all()
-        self.english = self.written["en"]
-        self.foreign = [texts for language, texts in self.written.items() if language != "en"]
-        self._positions = positions or {}
-        self._sentences: dict[int, int] = {}
-        shares = _SHARES[mixture]
-        self._makers = [(getattr(self, f"_{name}"), share) for name, share in shares.items()]
+
+    def without(self, fold: int) -> Sampler:
+        """The same, less one part of the rows as what is drawn (as mere surroundings they may still be seen)."""
+        other = copy.copy(self)
+        other._fill([row for row in self.rows if fold_of(row) != fold])
+        return other
+
+    def seeded(self, seed: int) -> Sampler:
+        """The same, drawing anew. Makers are methods: they must be this one's own."""
+        other = copy.copy(self)
+        other.rng = random.Random(seed)
+        other._makers = [(getattr(other, maker.__name__), share) for maker, share in self._makers]
+        return other
 
     def stream(self) -> Iterator[Sample]:
         makers, weights = zip(*self._makers, strict=True)
@@ -230,13 +238,13 @@ class Sampler:
     def _known_share(self, row: Row) -> float:
         """How often a window is placed on purpose: where an attack is, or where a harmless text looks most like one."""
         if row.label:
-            return 1.0 if row.source.startswith("synth_indirect") else 0.45 if not self._positions else 0.7
-        return 0.4 if self._positions else 0.0
+            return 1.0 if row.source.startswith("synth_indirect") else 0.45 if not self.positions else 0.7
+        return 0.4 if self.positions else 0.0
 
     def _position(self, row: Row) -> int:
-        if self._positions and row.text in self._positions:
+        if self.positions and row.text in self.positions:
             # Of a place that the network found only the window is known: begin anywhere about its start.
-            return self._positions[row.text] + self.rng.randrange(0, 250)
+            return self.positions[row.text] + self.rng.randrange(0, 250)
         if id(row) not in self._sentences:
             self._sentences[id(row)] = self.localiser.position(row.text)
         return self._sentences[id(row)]
@@ -252,12 +260,12 @@ class Sampler:
         text = self._cut(row)
         if self.rng.random() < 0.9:
             text = damage(text, self.rng)
-        return [Sample(text, 0.95 if noisy else 0.985, threat)]
+        return [Sample(text, 0.95 if noisy else 0.985, threat, fold=fold_of(row))]
 
     def _real_benign(self) -> list[Sample]:
         row = self._pick(0)
         noisy = row.source in NOISY
-        return [Sample(damage(self._cut(row), self.rng), 0.04 if noisy else 0.01, -1)]
+        return [Sample(damage(self._cut(row), self.rng), 0.04 if noisy else 0.01, -1, fold=fold_of(row))]
 
     def _slice(self, text: str, most: int = 800) -> str:
         """Up to `most` characters of a text, from anywhere in it."""
@@ -266,11 +274,17 @@ class Sampler:
         piece = text[start : start + size]
         return piece.split(" ", 1)[-1] if start else piece
 
+    def _prose(self, most: int = 800) -> str:
+        """A harmless English passage."""
+        if "en" in self.ordinary and self.rng.random() < 0.2:
+            return " ".join(self.rng.choices(self.ordinary["en"], k=self.rng.randrange(1, 5)))[:most]
+        return self._slice(self.rng.choice(self.prose), most)
+
     def _in_carrier(self) -> list[Sample]:
         """A counterfactual pair: one carrier, once with an attack, once with a harmless sentence."""
         rng = self.rng
         draw = rng.random()
-        prose = self._slice(rng.choice(self.prose))
+        prose = self._prose()
         threat, threat_weight = -1, 0.0
         other: written.Written | None = None
         if draw < 0.25:
@@ -303,9 +317,12 @@ class Sampler:
 
     def _foreign_prose(self, texts: written.Written) -> str | None:
         """A harmless passage in the language, of the data or written; None where there is none."""
-        found = self.foreign_prose.get(texts.language)
-        if found and self.rng.random() < 0.5:
+        found, ordinary = self.foreign_prose.get(texts.language), self.ordinary.get(texts.language)
+        draw = self.rng.random()
+        if found and draw < 0.4:
             return self._slice(self.rng.choice(found), 400)
+        if ordinary and draw < 0.75:
+            return spell(" ".join(self.rng.choices(ordinary, k=self.rng.randrange(1, 4))))[:500]
         passage = texts.passage(self.rng)
         return spell(passage) if passage and self.rng.random() < 0.85 else None
 
@@ -338,12 +355,45 @@ class Sampler:
     def _written_foreign(self) -> list[Sample]:
         rng = self.rng
         texts = rng.choice(self.foreign)
+        if texts.translations and rng.random() < 0.45:
+            return [self._translated(texts)]
         if rng.random() < 0.5:
             return [self._attack_of(texts)]
         text = texts.harmless(rng)
         if rng.random() < 0.25 and (prose := self._foreign_prose(texts)):
             text = prose + "\n" + text
         return [Sample(damage(text, rng), 0.01, -1)]
+
+    def _translated(self, texts: written.Written) -> Sample:
+        """A translation of an English text of either class, mostly as it is, else beside something harmless."""
+        rng = self.rng
+        found = rng.choice(texts.translations)
+        text = found.text
+        if rng.random() < 0.2 and (prose := self._foreign_prose(texts)):
+            parts = [text, prose]
+            rng.shuffle(parts)
+            text = rng.choice(["\n", " ", "\n\n"]).join(parts)
+        threat = THREATS.index(found.threat) if found.threat else -1
+        return Sample(damage(text, rng), 0.98 if found.label else 0.01, threat, 1.0, 0.5)
+
+    def _ordinary(self) -> list[Sample]:
+        """Harmless sentences of any language, one or some in a row."""
+        rng = self.rng
+        language = "en" if rng.random() < 0.35 else rng.choice(list(self.ordinary))
+        text = rng.choice([" ", "\n", " "]).join(rng.choices(self.ordinary[language], k=rng.choice([1, 1, 2, 4])))
+        return [Sample(damage(text[:700], rng), 0.01, -1)]
+
+    def _optimised(self) -> list[Sample]:
+        """A demand with a tail that an optimiser might have found; a demand without one, and a harmless text with one."""
+        rng = self.rng
+        tail = gibberish(rng)
+        bad = rng.choice(phrases.DEMANDS) if rng.random() < 0.7 else rng.choice(self.short_attacks).text
+        good = rng.choice(self.short_benign).text
+        return [
+            Sample(f"{bad} {tail}", 0.95, THREATS.index("jailbreak"), 1.0, 0.2),
+            Sample(rng.choice(phrases.DEMANDS), 0.1, -1),
+            Sample(f"{good} {tail}", 0.06, -1),
+        ]
 
     def _attack_of(self, texts: written.Written) -> Sample:
         """An attack of a language, as it is or after or before something harmless."""
@@ -407,7 +457,7 @@ class Sampler:
         """A pair: a row of either class at any place among other harmless texts, so that neither place nor company tells."""
         rng = self.rng
         bad, good = self._pick(1), self._pick(0)
-        before, after = (self._slice(rng.choice(self.prose), 500) if rng.random() < share else "" for share in (0.75, 0.6))
+        before, after = (self._prose(500) if rng.random() < share else "" for share in (0.75, 0.6))
         gap = rng.choice(["\n\n", "\n", " "])
 
         def inside(row: Row) -> str:

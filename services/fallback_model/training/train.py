@@ -1,290 +1,277 @@
-"""Fine-tunes the network on `samples` and leaves a checkpoint with the averaged weights."""
+"""Trains the network: languages first, then teachers on parts of the rows, then a student on the rows and their judgement.
+
+The student is then trained on by the labels alone, which fits the rows better and carries over worse, and what is released
+lies between the two (Wortsman et al. 2022, robust fine-tuning: the straight line between such weights holds better ones than
+its ends).
+"""
 
 from __future__ import annotations
 
 import copy
 import json
-import os
 import random
-import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 from tokenizers import Tokenizer
-from torch import Tensor, distributed
+from torch import Tensor
 from torch.nn import functional
 
 from services.fallback_model.characters import spell
 from services.fallback_model.labels import THREATS
+from services.fallback_model.training import check, parallel, vocabulary, written
+from services.fallback_model.training.align import Pair, align
+from services.fallback_model.training.feed import Tokens, feed, grouped, padded
 from services.fallback_model.training.locate import positions
 from services.fallback_model.training.network import Detector, load_base, load_release
-from services.fallback_model.training.samples import CLS, PAD, SEP, Mixture, Sample, Sampler, read_rows
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A part of the training that is shown one mixture of samples; `tokens` of all processes together, padding included."""
-
-    tokens: int
-    mixture: Mixture
+from services.fallback_model.training.samples import FOLDS, Row, Sample, Sampler, read_rows
+from services.fallback_model.training.schedule import Progress, autocast, optimizer_of, step
+from services.fallback_model.training.tokens import bare_tokenizer
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How long and how hard to train.
+    """How long and how hard to train. Lengths are counted in tokens, so they do not hang on the machine.
 
-    The length is counted in tokens, so it does not hang on the machine. The learning rate rises over the first
-    `warm_up_tokens`, stays, and falls linearly over the last `decay_share` of all tokens (trapezoidal, as in Hu et al. 2024,
-    MiniCPM): so a run can be made longer without having been another run up to then.
+    `places`: tokens of the base's vocabulary that give way to pieces of other languages. `judged`: share of a label that is what
+    the teachers say. `own_fold`: how much more the teacher counts that has not seen the row. `further_tokens`: by labels alone;
+    `further_share`: how far the released weights lie towards what comes out of that. From a release, only this last part is done.
     """
 
-    stages: tuple[Stage, ...] = (Stage(7_000_000, "data"), Stage(10_000_000, "all"), Stage(3_700_000, "all"))
+    places: int = 9500
+    align_tokens: int = 42_000_000
+    teacher_tokens: int = 22_000_000
+    student_tokens: int = 85_000_000
+    further_tokens: int = 97_000_000
+    further_share: float = 0.4
     max_tokens: int = 256
-    batch_tokens: int = 6144
-    batch_rows: int = 160
-    learning_rate: float = 2e-4
+    batch_tokens: int = 24_576
+    batch_rows: int = 640
+    learning_rate: float = 2.5e-4
     head_rate: float = 1e-3
-    warm_up_tokens: int = 500_000
-    decay_share: float = 0.18
-    final_share: float = 0.01
-    weight_decay: float = 0.01
+    warm_up_share: float = 0.04
+    decay: float = 0.6
     dropout: float = 0.1
     threat_share: float = 0.3
-    averaging: float = 0.996
+    averaging: float = 0.998
+    judged: float = 0.5
+    own_fold: float = 2.0
     pool: int = 3000
     seed: int = 17
-    threads: int = 1
-
-    @property
-    def tokens(self) -> int:
-        return sum(stage.tokens for stage in self.stages)
 
 
 FROM_RELEASE = Plan(
-    stages=(Stage(10_000_000, "written"),), learning_rate=1.2e-4, head_rate=3e-4, warm_up_tokens=300_000, decay_share=0.85
+    places=0,
+    align_tokens=0,
+    teacher_tokens=0,
+    student_tokens=0,
+    further_tokens=10_000_000,
+    batch_tokens=12_288,
+    learning_rate=1.2e-4,
+    head_rate=3e-4,
+    averaging=0.996,
 )
-"""For training on from a release: gentler, since what is there is good, and falling nearly from the beginning."""
+"""For training on from a release: gentler, since what is there is good."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    ids: Tensor
-    mask: Tensor
+    """`fold` is that of each row's text, -1 for what was made up."""
+
+    tokens: Tokens
     target: Tensor
     weight: Tensor
     threat: Tensor
     threat_weight: Tensor
+    fold: Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        rest = (self.target, self.weight, self.threat, self.threat_weight, self.fold)
+        return Batch(self.tokens.to(device), *(one.to(device, non_blocking=True) for one in rest))
 
 
-def bare_tokenizer(path: Path) -> Tokenizer:
-    """The base's tokenizer without its own padding, truncation and special tokens."""
-    tokenizer = Tokenizer.from_file(str(path))
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    return tokenizer
-
-
-def batches(samples: Iterator[Sample], tokenizer: Tokenizer, plan: Plan) -> Iterator[Batch]:
-    """Batches of similar length: a pool of samples is sorted by length and cut where rows x longest reaches the budget."""
-    rng = random.Random(plan.seed + 1)
+def batches(samples: Iterator[Sample], tokenizer: Tokenizer, plan: Plan, seed: int) -> Iterator[Batch]:
+    rng = random.Random(seed)
+    room = plan.max_tokens - 2
     while True:
-        pool = []
         drawn = [next(samples) for _ in range(plan.pool)]
         encodings = tokenizer.encode_batch([spell(sample.text) for sample in drawn], add_special_tokens=False)
-        for sample, encoding in zip(drawn, encodings, strict=True):
-            room = plan.max_tokens - 2
-            if len(encoding.ids) > room and sample.complete:
-                continue
-            pool.append(([CLS, *encoding.ids[:room], SEP], sample))
-        pool.sort(key=lambda item: len(item[0]))
-        groups: list[list[tuple[list[int], Sample]]] = []
-        group: list[tuple[list[int], Sample]] = []
-        for item in pool:
-            if group and (len(item[0]) * (len(group) + 1) > plan.batch_tokens or len(group) == plan.batch_rows):
-                groups.append(group)
-                group = []
-            group.append(item)
-        groups.append(group)
-        rng.shuffle(groups)
-        for group in groups:
-            yield collate(group)
+        both = zip(drawn, encodings, strict=True)
+        items = [(encoding.ids, sample) for sample, encoding in both if not (sample.complete and len(encoding.ids) > room)]
+        for group in grouped(items, lambda item: min(room, len(item[0])) + 2, plan.batch_tokens, plan.batch_rows, rng):
+            yield _collate(group, room)
 
 
-def collate(group: list[tuple[list[int], Sample]]) -> Batch:
-    longest = max(len(ids) for ids, _ in group)
-    ids = torch.full((len(group), longest), PAD)
-    mask = torch.zeros((len(group), longest), dtype=torch.int64)
+def _collate(group: list[tuple[list[int], Sample]], room: int) -> Batch:
     threat = torch.zeros((len(group), len(THREATS)))
     threat_weight = torch.zeros(len(group))
-    for row, (tokens, sample) in enumerate(group):
-        ids[row, : len(tokens)] = torch.tensor(tokens)
-        mask[row, : len(tokens)] = 1
+    for row, (_, sample) in enumerate(group):
         if sample.threat >= 0:
             threat[row, sample.threat] = 1.0
             threat_weight[row] = sample.threat_weight
     return Batch(
-        ids,
-        mask,
+        padded([ids for ids, _ in group], room),
         torch.tensor([sample.target for _, sample in group]),
         torch.tensor([sample.weight for _, sample in group]),
         threat,
         threat_weight,
+        torch.tensor([sample.fold for _, sample in group]),
     )
 
 
-def loss_of(model: Detector, batch: Batch, plan: Plan) -> Tensor:
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        logits, threats = model(batch.ids, batch.mask)
-    binary = functional.binary_cross_entropy_with_logits(logits.float(), batch.target, batch.weight, reduction="mean")
+def _judgement(teachers: Sequence[Detector], batch: Batch, own_fold: float) -> Tensor:
+    """Probabilities: of the teachers' mean logit, in which the one that has not seen the row counts `own_fold` more."""
+    with torch.inference_mode():
+        logits = torch.stack([teacher(batch.tokens.ids, batch.tokens.mask)[0].float() for teacher in teachers])
+        folds = torch.arange(len(teachers), device=logits.device)[:, None]
+        weight = 1.0 + own_fold * (batch.fold[None, :] == folds)
+        return torch.sigmoid((logits * weight).sum(0) / weight.sum(0)).clone()
+
+
+def _loss(model: Detector, teachers: Sequence[Detector], batch: Batch, plan: Plan) -> Tensor:
+    target = batch.target
+    with autocast(target.device):
+        if teachers:
+            target = torch.lerp(target, _judgement(teachers, batch, plan.own_fold), plan.judged)
+        logits, threats = model(batch.tokens.ids, batch.tokens.mask)
+    binary = functional.binary_cross_entropy_with_logits(logits.float(), target, batch.weight, reduction="mean")
     kinds = functional.binary_cross_entropy_with_logits(threats.float(), batch.threat, reduction="none").sum(1)
     return binary + plan.threat_share * (kinds * batch.threat_weight).sum() / len(logits)
 
 
-def rate(tokens: float, plan: Plan) -> float:
-    """Share of the full learning rate after `tokens`: up, level, down."""
-    left = max(0.0, 1 - tokens / plan.tokens)
-    return min(1.0, (tokens + 1) / plan.warm_up_tokens, max(plan.final_share, left / plan.decay_share))
+@dataclass(frozen=True)
+class Part:
+    """A part of the training: from what it starts, what it is shown, who judges beside the labels, and for how long.
 
-
-def join_gradients(model: Detector, own: list[float]) -> list[float]:
-    """Averages the gradients over all processes of `torchrun`, and with them the figures `own`, which are returned.
-
-    Two processes of one thread get on better on a busy machine than two threads, which wait for each other at every
-    operation.
+    `falling`: the learning rate falls from the beginning on, or only over the plan's share of the end.
     """
-    if not distributed.is_initialized():
-        return own
-    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    flat = torch.cat([*(gradient.flatten() for gradient in gradients), torch.tensor(own)])
-    distributed.all_reduce(flat)
-    flat /= distributed.get_world_size()
-    place = 0
-    for gradient in gradients:
-        gradient.copy_(flat[place : place + gradient.numel()].view_as(gradient))
-        place += gradient.numel()
-    joined: list[float] = flat[place:].tolist()
-    return joined
+
+    name: str
+    sampler: Sampler
+    tokens: int
+    seed: int
+    teachers: Sequence[Detector] = ()
+    falling: bool = False
 
 
-@dataclass
-class Progress:
-    """What a run needs in order to go on: kept after every stage."""
-
-    model: Detector
-    average: Detector
-    optimizer: torch.optim.AdamW
-    stage: int = 0
-    steps: int = 0
-    tokens: float = 0.0
-
-    def save(self, path: Path) -> None:
-        torch.save(
-            {
-                "model": self.model.state_dict(),
-                "average": self.average.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "counts": [self.stage, self.steps, self.tokens],
-            },
-            path,
-        )
-
-    def load(self, path: Path) -> None:
-        state = torch.load(path, weights_only=True)
-        self.model.load_state_dict(state["model"])
-        self.average.load_state_dict(state["average"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.stage, self.steps, self.tokens = state["counts"]
-
-
-def begin(base: Path, plan: Plan, start: Path | None = None) -> Progress:
-    """A run at its start: base weights and fresh heads (or a release's weights), their average, and an optimizer."""
-    if start is None:
-        model = load_base(base / "model.safetensors", len(THREATS), plan.dropout)
-    else:
-        model = load_release(start / "model.onnx", len(THREATS), plan.dropout)
+def fit(model: Detector, part: Part, tokenizer: Tokenizer, plan: Plan, processes: int) -> Detector:
+    """Trains `model` in place and returns the moving average of its weights."""
+    torch.manual_seed(part.seed)
+    average = copy.deepcopy(model)
     heads = [*model.malicious.parameters(), *model.threats.parameters()]
     known = {id(parameter) for parameter in heads}
     body = [parameter for parameter in model.parameters() if id(parameter) not in known]
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": body, "lr": plan.learning_rate, "full": plan.learning_rate},
-            {"params": heads, "lr": plan.head_rate, "full": plan.head_rate},
-        ],
-        weight_decay=plan.weight_decay,
-        fused=True,
-    )
-    return Progress(model, copy.deepcopy(model), optimizer)
+    groups: list[dict[str, Any]] = [{"params": body, "full": plan.learning_rate}, {"params": heads, "full": plan.head_rate}]
+    optimizer = optimizer_of(groups)
+    warm_up = int(part.tokens * plan.warm_up_share)
+    progress = Progress(part.name, part.tokens, warm_up, 1 - plan.warm_up_share if part.falling else plan.decay)
+    device = next(model.parameters()).device
+
+    def shown(own_seed: int) -> Iterator[Batch]:
+        return batches(part.sampler.seeded(own_seed).stream(), tokenizer, plan, own_seed)
+
+    model.train()
+    ours, theirs = list(average.parameters()), list(model.parameters())
+    for batch in feed(shown, part.seed, processes):
+        step(model, optimizer, _loss(model, part.teachers, batch.to(device), plan), progress, batch.tokens.ids.numel())
+        with torch.no_grad():
+            torch._foreach_lerp_(ours, theirs, 1 - min(plan.averaging, 1 - 1 / progress.steps))
+        if progress.over:
+            break
+    average.eval()
+    return average
+
+
+def prepare(rows: list[Row], pairs: list[Pair], base: Path, out: Path, places: int) -> Path:
+    """A base with pieces of other languages in its vocabulary, in `out`; made only once."""
+    if not (out / "model.safetensors").exists():
+        english = [spell(row.text) for row in rows if row.lang == "en"] + sorted({english for _, english, _ in pairs})
+        foreign: dict[str, list[str]] = {}
+        for language, _, text in pairs:
+            foreign.setdefault(language, []).append(spell(text))
+        vocabulary.extend(base, english, foreign, places, out)
+    return out
+
+
+def all_pairs(path: Path) -> list[Pair]:
+    """The file's, and several times over the translations that were made for this project."""
+    own = [(language, one.english, one.text) for language, texts in written.read_all().items() for one in texts.translations]
+    return parallel.read(path) + 5 * own
 
 
 def train(
-    train_file: Path, base: Path, out: Path, plan: Plan, stages: int, *, resume: bool = False, start: Path | None = None
+    data: Path, base: Path, pairs_file: Path | None, out: Path, plan: Plan, *, start: Path | None = None, processes: int = 0
 ) -> Path:
-    """Trains and returns the path of the checkpoint (`weights.pt`, the average) in `out`.
+    """Trains and returns the path of the checkpoint (`weights.pt`, the average) in `out`, beside `tokenizer.json`.
 
-    `stages`: how many of the plan's stages to train for now.
-    `resume`: go on after the last stage that was finished there; the result is that of a run without a break.
-    `start`: a released model directory to train on from, instead of the base model.
+    `data`: folder with train, valid and dev. `start`: a released model to train on from, instead of the base. What is finished is
+    kept in `out`, and a second call goes on after it.
     """
-    if "WORLD_SIZE" in os.environ and not distributed.is_initialized():
-        distributed.init_process_group("gloo")
-    rank, world = (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
-    torch.set_num_threads(plan.threads)
-    torch.manual_seed(plan.seed + 1000 * rank)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     out.mkdir(parents=True, exist_ok=True)
-    progress = begin(base, plan, start)
-    if resume:
-        progress.load(out / "state.pt")
-    if rank == 0:
-        (out / "plan.json").write_text(
-            json.dumps(asdict(plan) | {"processes": world, "continued_from": start.name if start else None}, indent=1)
-        )
-    rows = read_rows(train_file)
-    tokenizer = bare_tokenizer(base / "tokenizer.json")
-    while progress.stage < stages:
-        seed = plan.seed + 100 * progress.stage + 1000 * rank  # every process and stage draws its own samples
-        torch.manual_seed(seed)
-        # The base model has not seen anything yet that it could be asked about.
-        learnt = progress.stage > 0 or start is not None
-        found = positions(progress.average, rows, tokenizer, plan.max_tokens) if learnt else None
-        stream = Sampler(rows, seed, plan.stages[progress.stage].mixture, found).stream()
-        _run_stage(progress, batches(stream, tokenizer, replace(plan, seed=seed)), plan, rank, world)
-        progress.stage += 1
-        if rank == 0:
-            progress.save(out / "state.pt")
-            torch.save(progress.average.state_dict(), out / "weights.pt")
+    (out / "plan.json").write_text(json.dumps(asdict(plan) | {"continued_from": start.name if start else None}, indent=1))
+    rows = read_rows(data / "train.jsonl.zst")
+    pairs = all_pairs(pairs_file) if pairs_file else []
+    sampler = Sampler(rows, pairs, plan.seed)
+    origin = start or prepare(rows, pairs, base, out / "base", plan.places)
+    (out / "tokenizer.json").write_bytes((origin / "tokenizer.json").read_bytes())
+    tokenizer = bare_tokenizer(origin / "tokenizer.json")
+    sets = check.read_sets(data, tokenizer)
+
+    def finished(part: Part, begin: Callable[[], Detector]) -> Detector:
+        path = out / f"{part.name}.pt"
+        model: Detector = begin().to(device)
+        if path.exists():
+            model.load_state_dict(torch.load(path, weights_only=True))
+            model.eval()
+            return model
+        average = fit(model, part, tokenizer, plan, processes)
+        _save(average, path)
+        check.show(part.name, average, sets)
+        return average
+
+    def locate(model: Detector) -> None:
+        sampler.positions = positions(model.eval(), sampler.rows, tokenizer, plan.max_tokens)
+
+    if start:
+        student = load_release(start / "model.onnx", len(THREATS), plan.dropout).to(device)
+        locate(student)
+    else:
+        model = load_base(origin / "model.safetensors", len(THREATS), plan.dropout).to(device)
+        if (out / "aligned.pt").exists():
+            model.load_state_dict(torch.load(out / "aligned.pt", weights_only=True))
+        else:
+            align(model, pairs, tokenizer, plan.align_tokens, plan.batch_tokens, processes, plan.seed)
+            _save(model, out / "aligned.pt")
+        teachers: list[Detector] = []
+        for fold in range(FOLDS):
+            part = Part(f"teacher-{fold}", sampler.without(fold), plan.teacher_tokens, plan.seed + 1 + fold)
+            teachers.append(finished(part, lambda: _beginner(model)))
+            if not sampler.positions:
+                locate(teachers[0])
+        part = Part("student", sampler, plan.student_tokens, plan.seed, teachers)
+        student = finished(part, lambda: _beginner(model))
+    further = finished(
+        Part("further", sampler, plan.further_tokens, plan.seed + 10, falling=True), lambda: copy.deepcopy(student)
+    )
+    with torch.no_grad():
+        for ours, theirs in zip(student.parameters(), further.parameters(), strict=True):
+            ours.lerp_(theirs, plan.further_share)
+    _save(student, out / "weights.pt")
+    check.show("released", student, sets)
     return out / "weights.pt"
 
 
-def _run_stage(progress: Progress, shown: Iterator[Batch], plan: Plan, rank: int, world: int) -> None:
-    model, average, optimizer = progress.model, progress.average, progress.optimizer
-    end = sum(stage.tokens for stage in plan.stages[: progress.stage + 1])
-    first, began, losses = progress.tokens, time.monotonic(), []
-    model.train()
-    while progress.tokens < end:
-        batch = next(shown)
-        for group in optimizer.param_groups:
-            group["lr"] = group["full"] * rate(progress.tokens, plan)
-        loss = loss_of(model, batch, plan)
-        loss.backward()
-        mean_tokens, mean_loss = join_gradients(model, [float(batch.ids.numel()), loss.item()])
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        progress.tokens += mean_tokens * world
-        progress.steps += 1
-        losses.append(mean_loss)
-        with torch.no_grad():
-            keep = min(plan.averaging, 1 - 1 / progress.steps)
-            for ours, theirs in zip(average.parameters(), model.parameters(), strict=True):
-                ours.lerp_(theirs, 1 - keep)
-        if progress.steps % 50 == 0 and rank == 0:
-            speed = (progress.tokens - first) / (time.monotonic() - began)
-            print(  # noqa: T201  # the log of a command line tool
-                f"stage {progress.stage} step {progress.steps} tokens {progress.tokens / 1e6:.2f} M of {plan.tokens / 1e6:.1f} M "
-                f"loss {np.mean(losses[-50:]):.4f} {speed:.0f} tokens/s, "
-                f"{(plan.tokens - progress.tokens) / speed / 60:.0f} min left",
-                flush=True,
-            )
+def _beginner(aligned: Detector) -> Detector:
+    """The aligned encoder with heads that have learnt nothing yet."""
+    model = copy.deepcopy(aligned)
+    for head in (model.malicious, model.threats):
+        head.reset_parameters()
+    return model
+
+
+def _save(model: Detector, path: Path) -> None:
+    torch.save({key: value.detach().cpu() for key, value in model.state_dict().items()}, path)

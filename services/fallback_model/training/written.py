@@ -8,23 +8,39 @@ this carries over to wording that was not learnt (if by the same authors).
 document), `attacks` (complete ones, by threat type), `alone` (complete ones of unknown type); and harmless: `harmless` (messages
 of a user), `passages` (documents). English has further lists: `security`, `assistant_prompts`, `plain`, and documents with and
 without an injected line, `tool_calls` and `tool_calls_clean`.
+
+`texts/translations.jsonl` has some of the English ones in other languages, made by hand as well. Of a tenth of the English
+texts the translations are held out, in every language.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import tomllib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
 FOLDER: Final = Path(__file__).parent / "texts"
+TRANSLATIONS: Final = FOLDER / "translations.jsonl"
 _EVERY: Final = 10
 _HARMLESS_LISTS: Final = ("harmless", "security", "assistant_prompts", "plain", "passages", "tool_calls_clean")
 _JOIN: Final = (". ", " ", ", ", "! ", "; ", "\n")
 _SCRIPT_JOIN: Final = ("。", "，", " ", "\n")
 _WITHOUT_SPACES: Final = frozenset({"zh", "ja", "th"})
+
+
+@dataclass(frozen=True)
+class Translation:
+    """`threat` is None for a harmless text."""
+
+    english: str
+    text: str
+    label: int
+    threat: str | None
 
 
 @dataclass(frozen=True)
@@ -35,6 +51,8 @@ class Written:
     lists: dict[str, list[str]]
     attacks: dict[str, list[str]]
     held: list[tuple[int, str | None, str]] = field(default_factory=list)
+    translations: list[Translation] = field(default_factory=list)
+    held_translations: list[Translation] = field(default_factory=list)
 
     def attack(self, rng: random.Random) -> tuple[str, str | None]:
         """One attack as a user would type it, and its threat type where that is known."""
@@ -102,7 +120,20 @@ def _without_held(texts: list[str], held: list[tuple[int, str | None, str]], lab
 
 def read_all() -> dict[str, Written]:
     """Language → its texts."""
-    return {path.stem: read(path) for path in sorted(FOLDER.glob("*.toml"))}
+    found = {path.stem: read(path) for path in sorted(FOLDER.glob("*.toml"))}
+    for language, translation in _translations():
+        held = hashlib.sha256(translation.english.encode()).digest()[0] % _EVERY == 0
+        (found[language].held_translations if held else found[language].translations).append(translation)
+    return found
+
+
+def _translations() -> Iterator[tuple[str, Translation]]:
+    for line in TRANSLATIONS.read_text(encoding="utf-8").split("\n"):
+        if line:
+            row = json.loads(line)
+            threat = "injection" if row["list"] == "hidden" else row["list"].removeprefix("attacks.")
+            label = int(row["list"] == "hidden" or row["list"].startswith("attacks."))
+            yield row["lang"], Translation(row["en"], row["text"], label, threat if label else None)
 
 
 def write_held_out(path: Path) -> int:
@@ -111,6 +142,11 @@ def write_held_out(path: Path) -> int:
         {"text": text, "label": label, "source": "written", "threat": threat, "lang": language}
         for language, written in read_all().items()
         for label, threat, text in written.held
+    ]
+    rows += [
+        {"text": one.text, "label": one.label, "source": "translated", "threat": one.threat, "lang": language}
+        for language, written in read_all().items()
+        for one in written.held_translations
     ]
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return len(rows)

@@ -45,3 +45,22 @@ def test_the_held_out_texts_become_rows_for_the_evaluation(tmp_path: Path) -> No
     assert len(rows) == number > 500
     assert {row["label"] for row in rows} == {0, 1}
     assert len({row["lang"] for row in rows}) >= 27  # one language has less than ten texts of a kind
+
+
+def test_what_is_held_out_of_the_translations_is_held_out_in_every_language() -> None:
+    trained = {one.english for texts in ALL.values() for one in texts.translations}
+    held = {one.english for texts in ALL.values() for one in texts.held_translations}
+    assert not trained & held
+    assert len(held) > len(trained) // 20
+    assert {language for language, texts in ALL.items() if texts.translations} >= {"ar", "de", "hi", "ja", "th", "zh"}
+
+
+def test_translations_are_of_texts_that_are_trained_on_and_of_both_kinds() -> None:
+    english = ALL["en"]
+    known = {text for part in (english.lists, english.attacks) for entries in part.values() for text in entries}
+    for texts in ALL.values():
+        for one in (*texts.translations, *texts.held_translations):
+            assert one.english in known
+            assert one.text.strip()
+            assert (one.threat in THREATS) == bool(one.label)
+        assert not texts.translations or {one.label for one in texts.translations} == {0, 1}
