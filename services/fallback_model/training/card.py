@@ -15,11 +15,12 @@ _TEXT = """# {name}
 Tells whether a text tries to take over, jailbreak or pump out the language model it is meant for, and names the kind of
 attempt. It is the engine of Portcullis' fallback pool.
 
-- **Form**: all-MiniLM-L6-v2 (a BERT of 6 layers, 384 wide, 22.7 million parameters, English WordPiece vocabulary), fine-tuned; the first
+- **Form**: all-MiniLM-L6-v2 (a BERT of 6 layers, 384 wide, 22.7 million parameters; of its English WordPiece vocabulary 9 500
+  unused pieces gave way to pieces of 26 other languages), aligned on translations, then fine-tuned; the first
   token's state, the mean and the maximum over tokens go into two linear heads: malicious or not, and six threat types. ONNX, weights
   rounded to 7 bits of int8 per channel, activations to 8 bits with fixed scales: a text's result does not depend on its neighbours.
 - **Input**: windows of {max_tokens} tokens that overlap by {overlap}. Every text is spelt in ASCII first (look-alikes folded, other
-  scripts transliterated by `anyascii`), since the vocabulary is English.
+  scripts transliterated by `anyascii`), as the vocabulary is.
 - **Output**: `logit` [rows] and `threats` [rows, 6]. A text's logit is that of its worst window less {window_penalty} x ln(windows).
 - **Probability**: sigmoid({scale:.4f} x logit + {shift:.4f}), Platt scaling fitted on `valid`.
 - **Threshold**: {threshold:.4f}, the probability that at most 1 % of the benign texts of `valid` reach. It is used when a request names
@@ -41,8 +42,10 @@ Trained on 50 902 labelled texts of 42 sources, among them: deepset prompt-injec
 spikee, SPML, in-the-wild jailbreaks, LLMail-Inject, neuralchemy (MIT or Apache-2.0), WildGuardMix (ODC-BY 1.0); benign: Dolly (CC BY-SA
 3.0), UltraChat (MIT), OASST1, XQuAD (CC BY-SA 4.0), CLINC150 (CC BY 3.0), BANKING77, Taskmaster (CC BY 4.0), awesome-chatgpt-prompts
 (CC0-1.0) and software documentation (BSD-3-Clause, Apache-2.0, MIT); and on texts made for this project during training: a grammar of English
-attacks and harmless look-alikes, texts written by hand in English and 27 other languages (`training/texts`), carriers with and without an
-attack, small damage and encodings. No text is contained in the release. The base model is Apache-2.0; the weights are released under Apache-2.0.
+attacks and harmless look-alikes, texts written by hand in English and 27 other languages and translations into 21 of them (`training/texts`),
+carriers with and without an attack, small damage and encodings. The encoder was aligned on 370 000 translated sentences of the help and
+the interface of LibreOffice (MPL-2.0), GNOME (CC BY-SA 3.0, GPL-2+) and MediaWiki (GPL-2+), of the Debian Administrator's Handbook (GPL-2+ or
+CC BY-SA 3.0), of the descriptions of Debian's packages and of Element's interface (Apache-2.0). No text is contained in the release. The base model is Apache-2.0; the weights are released under Apache-2.0.
 
 Training: `python -m services.fallback_model.training`, plan: {plan}.
 
