@@ -29,7 +29,7 @@ from services.fallback_model.windows import Ids
 _FOR_A_SESSION: Final = (("portcullis.queue", "model"),)
 _LOOK_AHEAD: Final = 256
 """How many waiting windows are looked at to find some of like length."""
-_CERTAIN: Final = 0.7
+_CERTAIN: Final = 0.5
 """A request is taken when it would wait for at most this part of its time: a forecast is no more exact than that, and what is
 scored too late is work that nobody gets anything of."""
 _FULL: Final = 0.5

@@ -28,10 +28,10 @@ from services.detector_proxy.metrics import POOL_RETRIES
 from services.detector_proxy.ports import EngineError, EngineResult, Health, Outcome
 
 MAX_ATTEMPTS = 3
-ATTEMPT_SECONDS = 1.0
+ATTEMPT_SECONDS = 2.0
 ATTEMPT_SECONDS_PER_CHARACTER = 5e-5
-"""How long one worker may take before another is tried: a worker that has not even begun after a second would have said "busy",
-and 100 000 characters take it seconds."""
+"""How long one worker may take before another is tried. One that would have to let it wait for half of that says "busy" at once,
+so that silence means that it hangs; and 100 000 characters take seconds."""
 BULK_ATTEMPT_SECONDS = 5.0
 """The same for many texts, which wait for single ones, and for what came before them."""
 MARGIN_SECONDS = 0.005

@@ -204,16 +204,16 @@ async def test_who_would_wait_past_the_deadline_is_refused_and_nobody_before_the
     first = await occupied(batcher, runner)
     waiting = asyncio.create_task(batcher.score(rows(100, 90)))
     patient = asyncio.create_task(batcher.score(rows(60), urgent=False, seconds=9.0))
-    # A second's wait: for who has 1.4, and 1.9 if everything goes first.
+    # A second's wait: for who has two, and 2.6 if everything goes first.
     await asyncio.sleep(0)
     assert batcher.wait_seconds() == pytest.approx((10 + 190) / 200)
     assert batcher.wait_seconds(urgent=False) == pytest.approx((10 + 190 + 60) / 200)
     before = sample("refused_total", lane="single", reason="late")
-    for urgent, seconds in ((True, 1.3), (False, 1.3), (False, 1.6)):
+    for urgent, seconds in ((True, 1.8), (False, 1.8), (False, 2.4)):
         with pytest.raises(Busy):
             await batcher.score(rows(1), urgent=urgent, seconds=seconds)
     assert sample("refused_total", lane="single", reason="late") == before + 3
-    in_time = asyncio.create_task(batcher.score(rows(1), seconds=1.6))
+    in_time = asyncio.create_task(batcher.score(rows(1), seconds=2.2))
     await asyncio.sleep(0)
     with batcher.expecting(1000):
         assert batcher.wait_seconds() == pytest.approx((10 + 191 + 1000) / 200)

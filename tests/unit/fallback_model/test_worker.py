@@ -88,7 +88,7 @@ async def test_a_full_worker_says_so_at_once(model: Model) -> None:
     await slot.close()
 
 
-@pytest.mark.parametrize(("remaining_seconds", "refused"), [(1.3, True), (1.6, False)])
+@pytest.mark.parametrize(("remaining_seconds", "refused"), [(1.8, True), (2.2, False)])
 async def test_a_text_that_would_wait_past_its_deadline_is_refused_at_once(
     model: Model, remaining_seconds: float, refused: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
