@@ -74,17 +74,20 @@ async def test_twice_the_capacity_is_done_as_well_as_can_be_and_the_rest_refused
         over = await load.open(2 * peak.goodput, OVERLOAD_SECONDS)
         after = await asyncio.to_thread(_counted, stack)
         normal_seconds, normal = await _normal_again(load, 0.2 * peak.goodput)
+        later = await load.closed(PEAK_CALLERS, PEAK_SECONDS)
     counted = {name: after[name] - before[name] for name in after}
     retries = counted["portcullis_pool_retries"] + counted["portcullis_requests_resent"]
-    for name, volley in (("peak", peak), ("calm", calm), ("twice the peak", over), ("after", normal)):
+    volleys = {"peak": peak, "calm": calm, "twice the peak": over, "after": normal, "peak again": later}
+    for name, volley in volleys.items():
         print(f"{name}: {volley.summary()}")
     quick = counted[QUICK] / max(1.0, counted[REFUSED])
     print(f"normal after {normal_seconds:.1f} s; {retries:.0f} retries, {counted['portcullis_shed']:.0f} refused by the edge")
     print(f"{quick:.2%} of the refusals within 50 ms by the edge's clock; load of the machine {os.getloadavg()[0]:.1f}")
 
-    assert all(shot.correct for shot in (*peak.shots, *over.shots, *normal.shots))
+    assert all(shot.correct for volley in volleys.values() for shot in volley.shots)
     assert set(over.statuses()) <= {200, 429, 503, 504}, over.summary()
-    assert over.goodput >= GOODPUT_SHARE * peak.goodput, over.summary()
+    # Before and after: what else the machine does is not the same for two minutes.
+    assert over.goodput >= GOODPUT_SHARE * (peak.goodput + later.goodput) / 2, over.summary()
     assert over.latency(1, 200) <= DEADLINE_SECONDS + OURS_SECONDS, over.summary()
     assert all(shot.retry_after and int(shot.retry_after) >= 1 for shot in over.shots if shot.status in (429, 503))
     # Refused without work or waiting: no part of the time that a verdict takes. Most of all by the edge itself.

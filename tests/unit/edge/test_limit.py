@@ -45,6 +45,7 @@ class Gateway:
     _ends: list[tuple[float, int, float, Result]] = field(default_factory=list)
     _line: deque[tuple[float, Result]] = field(default_factory=deque)
     _busy: int = 0
+    _stopped_until: float = 0.0
     _number: Iterator[int] = field(default_factory=itertools.count)
 
     @property
@@ -60,6 +61,10 @@ class Gateway:
         self._run_until(began + seconds)
         return result
 
+    def stop(self, seconds: float) -> None:
+        """Nothing is worked on for so long, by anybody."""
+        self._stopped_until = self.now + seconds
+
     def _arrive(self, result: Result) -> None:
         if self.limit.full:
             result.refused += 1
@@ -72,7 +77,8 @@ class Gateway:
         while self._line and self._busy < self.places:
             self._busy += 1
             came, result = self._line.popleft()
-            heapq.heappush(self._ends, (self.now + self.service, next(self._number), came, result))
+            begins = max(self.now, self._stopped_until)
+            heapq.heappush(self._ends, (begins + self.service, next(self._number), came, result))
 
     def _run_until(self, until: float) -> None:
         while self._ends and self._ends[0][0] <= until:
@@ -96,7 +102,7 @@ def test_an_idle_gateway_lets_everything_through() -> None:
 def test_twice_the_capacity_keeps_the_places_busy_and_nobody_waiting() -> None:
     gateway = Gateway(limit_of())
     gateway.load(0.5 * gateway.capacity, 5)
-    gateway.load(2 * gateway.capacity, 3)
+    gateway.load(2 * gateway.capacity, 5)
     # For as long as it may last: nothing drifts.
     for _ in range(10):
         over = gateway.load(2 * gateway.capacity, 30)
@@ -107,32 +113,52 @@ def test_twice_the_capacity_keeps_the_places_busy_and_nobody_waiting() -> None:
     assert after.worst < 2 * (gateway.service + TOLERATED_SECONDS)
 
 
+def late(limit: AdaptiveLimit, began: float, texts: int, seconds: float = 1.0) -> float:
+    """So many texts begin together and take so long. When the last was answered."""
+    for _ in range(texts):
+        limit.begin(began)
+    for number in range(texts):
+        limit.measure(began, seconds, began + seconds + number * 0.01)
+        limit.end()
+    return began + seconds + texts * 0.01
+
+
 def test_the_first_cut_counts_what_is_under_way_and_not_a_limit_that_nothing_came_near() -> None:
     limit = limit_of()
-    for number in range(60):
-        limit.begin(number * 0.01)
-    for number in range(30):
-        limit.measure(number * 0.01, 1.0 + number * 0.001, 1.0 + number * 0.01)
-    assert limit.value == MOST  # the base is not known yet, and what is measured first is taken for it
     limit.base_seconds = 0.01
-    for number in range(30):
-        limit.measure(1.3, 1.0, 2.3 + number * 0.01)
+    now = late(limit, 0.0, 60)
+    assert limit.value == MOST
+    late(limit, now, 60)
     assert LEAST < limit.value < 60
 
 
+def test_what_is_measured_first_is_taken_for_the_base() -> None:
+    limit = limit_of()
+    now = late(limit, 0.0, 60)
+    late(limit, now, 60)
+    assert limit.value == MOST
+
+
+def test_a_stop_of_a_moment_is_no_overload() -> None:
+    """Nothing is worked on for two seconds, then all that came in the meantime."""
+    gateway = Gateway(limit_of(), service=0.02)
+    gateway.load(0.4 * gateway.capacity, 5)
+    for _ in range(3):  # nor are several
+        gateway.stop(2.0)
+        assert gateway.load(0.4 * gateway.capacity, 5).refused == 0
+        assert gateway.limit.value == MOST
+
+
 def test_answers_to_what_began_under_the_last_limit_do_not_cut_twice() -> None:
-    gateway = Gateway(limit_of())
-    gateway.load(0.5 * gateway.capacity, 5)
-    limit = gateway.limit
-    for _ in range(100):
-        limit.begin(gateway.now)
-    began = gateway.now
-    for number in range(20):
-        limit.measure(began, 0.5, began + 0.5 + number * 0.001)
+    limit = limit_of()
+    limit.base_seconds = 0.01
+    began = late(limit, 0.0, 60)
+    now = late(limit, began, 100)
     once = limit.value
     assert once < 100
-    for number in range(50):
-        limit.measure(began, 0.6, began + 0.6 + number * 0.02)
+    for number in range(100):
+        limit.measure(began, 2.0, now + number * 0.02)
+        limit.refuse(began, now + number * 0.02)
     assert limit.value == once
 
 
@@ -160,20 +186,19 @@ def test_below_the_least_nothing_is_refused_however_long_it_takes() -> None:
 def test_refusals_of_the_stages_lower_it_and_are_no_measure_of_how_long_a_text_takes() -> None:
     gateway = Gateway(limit_of())
     gateway.load(0.5 * gateway.capacity, 5)
-    limit = gateway.limit
+    limit, began = gateway.limit, gateway.now
     for _ in range(50):
-        limit.begin(gateway.now)
+        limit.begin(began)
     for number in range(60):
-        limit.measure(gateway.now, 0.02, gateway.now + 0.01 * number)
+        limit.measure(began, 0.02, began + 0.01 * number)
     assert limit.value == MOST
-    for number in range(60):
-        limit.refuse(gateway.now + 1, gateway.now + 1 + 0.01 * number)
+    for number in range(200):
+        limit.refuse(began + 0.6 + 0.01 * number, began + 0.6 + 0.01 * number)
     assert LEAST < limit.value < 50
-    assert math.isclose(limit.base_seconds, gateway.service)
     for _ in range(50):
         limit.end()
     for number in range(6000):  # down to the least, at which every window tells the base
-        limit.refuse(gateway.now + 2, gateway.now + 2 + 0.01 * number)
+        limit.refuse(began + 3 + 0.01 * number, began + 3 + 0.01 * number)
     assert math.isclose(limit.base_seconds, gateway.service)
 
 
