@@ -25,6 +25,7 @@ class Shot:
     latency: float
     correct: bool
     retry_after: str | None
+    error: str = ""
 
 
 @dataclass(slots=True)
@@ -54,6 +55,8 @@ class Volley:
         for name, statuses in (("verdicts", (200,)), ("refusals", (429, 503))):
             values = " ".join(f"p{share * 100:g} {self.latency(share, *statuses) * 1000:.0f}" for share in (0.5, 0.9, 0.99, 1))
             shown.append(f"{name} {values} ms")
+        if failed := Counter(shot.error for shot in self.shots if shot.error):
+            shown.append(f"failed: {failed.most_common(3)}")
         shown.append(f"callers late by p99 {percentile(self.late, 0.99) * 1000:.0f} ms")
         return "; ".join(shown)
 
@@ -111,13 +114,13 @@ class Callers:
 
     async def _ask(self, text: str, volley: Volley, began: float) -> None:
         sent = time.monotonic()
-        status, correct, retry_after = 0, True, None
+        status, correct, retry_after, error = 0, True, None, ""
         try:
             async with self._session.post("/v1/detect", json={"text": text}, headers=self._headers) as response:
                 document = await response.json(content_type=None)
                 status, retry_after = response.status, response.headers.get("retry-after")
                 if status == 200:
                     correct = document["is_malicious"] is self._known[text]
-        except (aiohttp.ClientError, TimeoutError, ValueError):
-            pass
-        volley.shots.append(Shot(sent - began, status, time.monotonic() - sent, correct, retry_after))
+        except (aiohttp.ClientError, TimeoutError, ValueError) as failure:
+            error = type(failure).__name__ + str(failure)[:80]
+        volley.shots.append(Shot(sent - began, status, time.monotonic() - sent, correct, retry_after, error))
