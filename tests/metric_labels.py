@@ -9,6 +9,7 @@ from typing import Any, get_args
 from libs.common import subjects
 from libs.common.contracts import ThreatType
 from libs.common.errors import ErrorCode
+from services.edge.metrics import Shed
 from services.jobs.core import FINAL
 from tests.unit.edge.fakes import FakeStages, gate_of
 
@@ -35,6 +36,8 @@ OUTCOMES = {
 """`outcome` is of every metric's own; by family."""
 REASONS = {
     "portcullis_pool_retries": ENGINE_TROUBLE,
+    "portcullis_shed": tuple(Shed),
+    "portcullis_model_refused": ("full", "late"),
     "portcullis_job_turns_held_up": ("limits", "unavailable"),
     "portcullis_traces_kept": ("asked", "rate", "failed", "refused", "slow"),
 }
@@ -80,6 +83,7 @@ LABELS: dict[str, Bound] = {
     "role": Bound("which engine", ("primary", "fallback")),
     "breaker": Bound("whose breaker", ("primary", "fallback")),
     "after": Bound("the state that a breaker changed to", ("closed", "half_open", "open")),
+    "kind": Bound("of asking again", ("resend", "pool")),
     "lane": Bound("single texts, or those of batches and jobs", ("single", "bulk")),
     "verdict": Bound("", ("malicious", "benign")),
     "degraded": Bound("without the primary engine, or without Redis", ("true", "false")),

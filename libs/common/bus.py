@@ -9,7 +9,8 @@ subscriber, its "no responders" message comes back to the stage that forwarded, 
 replies with a typed error at once. Nothing is kept in memory for it, and nothing is sent when all is well.
 
 A stage that dies takes the messages that it had in hand with it. The server announces the end of its connection, and whoever
-waits for an answer that may have been there sends the request again, once, if doing it twice does no harm.
+waits for an answer that may have been there sends the request again, once, if doing it twice does no harm. All that a process
+asks again comes out of one budget (`retry_budget`).
 
 FastStream carries the subscriptions. Its handler only admits a message (deadline, bound) and starts a task, because its own
 way of answering is silent about exceptions, undecodable bodies and the messages that it drops while stopping.
@@ -52,6 +53,7 @@ from libs.common.context import (
 from libs.common.contracts import ErrorBody, FieldError, InstanceLeft, Message, RateState, Reply, TraceKept, encode, raw
 from libs.common.errors import ErrorCode, PortcullisError
 from libs.common.guard import GuardedBroker, PlainTextError, guard
+from libs.common.retries import RetryBudget
 from libs.common.settings import CommonSettings
 from libs.common.subjects import (
     CLIENT_DISCONNECTED,
@@ -362,6 +364,8 @@ class Bus:
         """Called by `drain()` when the last message has been worked on and the connection is still there."""
         self.told: list[micro.Endpoint] = []
         """What this process does besides its stages, for whoever asks `$SRV.STATS`; to be filled before `start()`."""
+        self.retry_budget = RetryBudget(self.clock)
+        """Of all that this process asks again. Who does so by himself takes from it, and says so to `request` (`again`)."""
         self._inbox = inbox(service, self.instance)
         self._stages: list[_Stage[Any] | _Asked] = []
         self._waiting: dict[str, Callable[[Msg], None]] = {}
@@ -375,6 +379,7 @@ class Bus:
         self._micro: micro.MicroService | None = None
         self._decode_reply = msgspec.json.Decoder(Reply).decode
         telemetry.NATS_CONNECTED.set_function(lambda: self.connected)
+        telemetry.RETRIES_LEFT.set_function(lambda: self.retry_budget.left)
         security: BaseSecurity | None = None
         tls = ssl.create_default_context(cafile=settings.nats_tls_ca) if settings.nats_tls_ca else None
         if settings.nats_user is not None and settings.nats_password is not None:
@@ -536,17 +541,27 @@ class Bus:
     # --- asking ----------------------------------------------------------------------------------------------------------
 
     async def request(
-        self, subject: str, message: Message, context: RequestContext, *, idempotent: bool = False, token: str | None = None
+        self,
+        subject: str,
+        message: Message,
+        context: RequestContext,
+        *,
+        idempotent: bool = False,
+        token: str | None = None,
+        again: bool = False,
     ) -> Response:
         """Send `message` and wait for its reply until the context's deadline.
 
         An `idempotent` request is sent once more when a process that may have had it in hand dies. `token`, unique among the
         requests of this process and `[A-Za-z0-9_-]+`, becomes part of the origin: whoever asks again for the same after a failure
-        gives it again, and what is done once for each origin (usage) is done once for all attempts.
+        gives it again, and what is done once for each origin (usage) is done once for all attempts. `again`: it has been asked
+        before, and is no further request to the budget of retries.
 
         Raises `PortcullisError`: STAGE_UNAVAILABLE (no connection, connection lost, `NoRespondersError`), DEADLINE_EXCEEDED,
         PAYLOAD_TOO_LARGE. An error reply is returned, not raised.
         """
+        if not again:
+            self.retry_budget.count()
         headers = context.headers()
         with self._hops.sending(subject, headers) as span:
             response = await self._request(subject, message, context, headers, span, idempotent=idempotent, token=token)
@@ -793,6 +808,9 @@ class Bus:
         for token in tokens:
             pending = self._pending.get(token)
             if pending is None or pending.again is None or pending.future.done():
+                continue
+            if not self.retry_budget.take():
+                telemetry.RESEND_WITHHELD.inc()
                 continue
             again, pending.again = pending.again, None
             telemetry.RESENT.inc()

@@ -52,6 +52,13 @@ NATS_EVENTS = Counter(
 for _event in ("disconnected", "slow_consumer", "error"):
     NATS_EVENTS.labels(_event)  # shown from the start: what appears with its first event has no increase to alert on
 RESENT = Counter("portcullis_requests_resent_total", "Requests sent again because a process that may have had them died.")
+RETRIES_LEFT = Gauge("portcullis_retry_budget_left", "Requests that this process may send again now, whatever the reason.")
+RETRIES_WITHHELD = Counter(
+    "portcullis_retries_withheld_total",
+    "Requests not sent again because the budget was used up: resend (a process died), pool (to another worker).",
+    ["kind"],
+)
+RESEND_WITHHELD, POOL_WITHHELD = RETRIES_WITHHELD.labels("resend"), RETRIES_WITHHELD.labels("pool")
 
 STORE_UP = Gauge("portcullis_store_up", "1 while a process's store (postgres of auth, redis of limiter) answers.", ["store"])
 CONNECTIONS = Gauge("portcullis_pool_connections_in_use", "Connections in use of a pool: postgres, redis, engine.", ["pool"])

@@ -17,6 +17,7 @@ from libs.common import VERSION
 from libs.common.bus import Bus
 from libs.common.errors import ErrorCode, PortcullisError
 from services.edge import openapi, pages, problems
+from services.edge.admission import Admission
 from services.edge.batch import Batches
 from services.edge.bodies import Bodies
 from services.edge.console import Console, opened
@@ -24,6 +25,7 @@ from services.edge.gate import Gate, call_of
 from services.edge.handlers import Handlers, refused
 from services.edge.health import FleetMonitor
 from services.edge.jobs import Jobs
+from services.edge.limit import AdaptiveLimit
 from services.edge.ports import Stages
 from services.edge.replies import Refused
 from services.edge.server import serving
@@ -45,7 +47,18 @@ class _PlainRoute(APIRoute):
 def build(stages: Stages, settings: EdgeSettings, console: Console | None = None) -> Gate:
     """The whole HTTP side as one ASGI application, on whatever stages there are; `console`: who answers below /console."""
     bodies = Bodies(settings.max_body_bytes, settings.edge_max_buffered_bytes, settings.body_timeout_seconds)
-    handlers = Handlers(stages, bodies, FleetMonitor(stages), request_timeout_seconds=settings.request_timeout_seconds)
+    limit = AdaptiveLimit(
+        least=settings.edge_min_in_flight,
+        most=settings.edge_max_in_flight,
+        tolerated_seconds=settings.edge_tolerated_wait_ms / 1000,
+    )
+    handlers = Handlers(
+        stages,
+        bodies,
+        FleetMonitor(stages),
+        Admission(limit, stages.clock),
+        request_timeout_seconds=settings.request_timeout_seconds,
+    )
     batches = Batches(
         stages,
         Bodies(settings.max_batch_body_bytes, settings.edge_max_batch_buffered_bytes, settings.batch_body_timeout_seconds),

@@ -41,7 +41,7 @@ from services.edge.asking import insist
 from services.edge.bodies import Bodies
 from services.edge.gate import Call, Gate, call_of
 from services.edge.items import Entry, Lines, Pace, Tally
-from services.edge.metrics import BATCH_ITEMS, BATCHES
+from services.edge.metrics import BATCH_ITEMS, BATCHES, Shed, shed
 from services.edge.peer import Peer, peer_of
 from services.edge.ports import Answered, Stages
 from services.edge.replies import Refused, decoded
@@ -202,6 +202,7 @@ class Batches:
         seconds = core.timeout_seconds(call.headers, self._longest_seconds)
         media_type = items.chosen(call.headers.get(b"accept", b""))
         if self._under_way >= self._most_batches:
+            shed(Shed.BATCHES)
             raise PortcullisError(ErrorCode.OVERLOADED, internal="too many batches at a time")
         async with AsyncExitStack() as stack:
             self._under_way += 1

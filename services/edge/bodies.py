@@ -12,6 +12,7 @@ from starlette.types import Receive
 
 from libs.common.errors import ErrorCode, PortcullisError
 from services.edge import core
+from services.edge.metrics import Shed, shed
 
 
 class Bodies:
@@ -58,6 +59,7 @@ class Bodies:
         if len(body) + len(piece) > self._max_bytes:
             raise PortcullisError(ErrorCode.PAYLOAD_TOO_LARGE)
         if self.held + len(piece) > self._max_held:
+            shed(Shed.BODIES)
             raise PortcullisError(ErrorCode.OVERLOADED, internal="the bodies in hand are too large together")
         self.held += len(piece)
         body += piece

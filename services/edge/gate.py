@@ -22,7 +22,7 @@ from libs.common.clock import Clock
 from libs.common.context import REQUEST_ID_PATTERN, TRACEPARENT_PATTERN, new_request_id, new_traceparent
 from libs.common.errors import ErrorCode, PortcullisError
 from services.edge import core, problems
-from services.edge.metrics import DURATION, IN_FLIGHT, IN_FLIGHT_LIMIT, REQUESTS, CallMeters, status_class
+from services.edge.metrics import DURATION, IN_FLIGHT, IN_FLIGHT_LIMIT, REQUESTS, CallMeters, Shed, shed, status_class
 from services.edge.settings import EdgeSettings
 
 log = logging.getLogger(__name__)
@@ -160,6 +160,7 @@ class Gate:
         if hosts and not core.host_allowed(headers[b"host"].decode("latin-1"), self._allowed_hosts):
             return PortcullisError(ErrorCode.BAD_REQUEST, "This gateway does not answer to the name in the Host header.")
         if counted and self.in_flight >= self._max_in_flight:
+            shed(Shed.FULL)
             return PortcullisError(ErrorCode.OVERLOADED)
         return None
 

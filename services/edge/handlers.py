@@ -34,6 +34,7 @@ from libs.common.contracts import (
 )
 from libs.common.errors import ErrorCode, PortcullisError
 from services.edge import core, health, problems
+from services.edge.admission import Admission
 from services.edge.bodies import Bodies
 from services.edge.gate import Call, Gate, call_of
 from services.edge.metrics import PublicPage
@@ -90,12 +91,21 @@ _encode = msgspec.json.Encoder().encode
 class Handlers:
     """The calls. Each is `Request` → `Response`, and raises `PortcullisError` or `Refused`."""
 
-    def __init__(self, stages: Stages, bodies: Bodies, monitor: health.FleetMonitor, *, request_timeout_seconds: float) -> None:
+    def __init__(
+        self,
+        stages: Stages,
+        bodies: Bodies,
+        monitor: health.FleetMonitor,
+        admission: Admission,
+        *,
+        request_timeout_seconds: float,
+    ) -> None:
         self.gate: Gate | None = None
         """Set when the gate stands around the app; tells when the process is about to stop."""
         self._stages = stages
         self._bodies = bodies
         self._monitor = monitor
+        self._admission = admission
         self._longest_seconds = request_timeout_seconds
         self._public_metrics = PublicPage()
 
@@ -106,10 +116,15 @@ class Handlers:
         call = call_of(request.scope)
         credential = core.credential(call.headers)
         context = self._context(call)
+        # Before the body is read, which nobody needs if there is no room; a place is taken after that, since it may come slowly.
+        self._admission.check(self._remaining(context))
         body = await self._body(request, call, context, _DETECT)
         config = body.config or _DEFAULT_CONFIG
         payload = DetectPayload(text=body.text, threshold=config.confidence_threshold, detailed=config.detailed_response)
-        answered = await self._ask(subjects.DETECT_REQUEST, DetectRequest(credential=credential, payload=raw(payload)), context)
+        message = DetectRequest(credential=credential, payload=raw(payload))
+        answered = await self._admission.through(
+            lambda: self._ask(subjects.DETECT_REQUEST, message, context), self._remaining(context)
+        )
         verdict = decoded(answered, _VERDICT)
         rate = answered.reply.rate
         degraded = verdict.degraded or (rate is not None and rate.degraded)
@@ -330,10 +345,12 @@ class Handlers:
         return RequestContext(int((clock.now() + seconds) * 1000), call.request_id, call.traceparent)
 
     async def _body(self, request: Request, call: Call, context: RequestContext, decoder: msgspec.json.Decoder[T]) -> T:
-        remaining_seconds = context.remaining_seconds(self._stages.clock.now())
-        async with self._bodies.read(call.headers, request.receive, remaining_seconds) as body:
+        async with self._bodies.read(call.headers, request.receive, self._remaining(context)) as body:
             core.require_json(call.headers, body)
             return core.decode_json(body, decoder)
+
+    def _remaining(self, context: RequestContext) -> float:
+        return context.remaining_seconds(self._stages.clock.now())
 
     async def _ask(self, subject: str, message: Message, context: RequestContext) -> Answered:
         answered = await self._stages.request(subject, message, context, idempotent=subject in _IDEMPOTENT)

@@ -48,6 +48,7 @@ from services.edge.batch import Feed, ListFeed, NdjsonFeed
 from services.edge.bodies import Bodies
 from services.edge.gate import Call, Gate, call_of
 from services.edge.items import Entry
+from services.edge.metrics import Shed, shed
 from services.edge.ports import Answered, Stages
 from services.edge.replies import Refused, decoded
 from services.edge.schemas import DetectConfig, JobAnswer, JobLine, JobsAnswer, JobWebhook
@@ -101,6 +102,7 @@ class Jobs:
         call = call_of(request.scope)
         core.credential(call.headers)
         if self._under_way >= self._most_submissions:
+            shed(Shed.BATCHES)
             raise PortcullisError(ErrorCode.OVERLOADED, internal="too many submissions at a time")
         self._under_way += 1
         try:

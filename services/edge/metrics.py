@@ -7,6 +7,7 @@ and neither what administrators do nor anything of the process and the stages. E
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from enum import StrEnum
 
 from prometheus_client import Counter, Gauge, Histogram, generate_latest
 from prometheus_client.metrics_core import Metric
@@ -22,12 +23,45 @@ DURATION = Histogram(
 )
 IN_FLIGHT = Gauge("portcullis_http_in_flight", "Calls that the edge is working on.")
 IN_FLIGHT_LIMIT = Gauge("portcullis_http_in_flight_limit", "Calls that the edge works on at most; more are refused.")
+DETECT_IN_FLIGHT = Gauge("portcullis_detect_in_flight", "Single texts that are with the stages.")
+DETECT_LIMIT = Gauge(
+    "portcullis_detect_in_flight_limit", "Single texts that may be with the stages now; it follows their latency."
+)
+DETECT_BASE = Gauge(
+    "portcullis_detect_base_seconds",
+    "What a single text takes when hardly any other is under way, the primary engine's time aside; +Inf until it is known.",
+)
+SHED = Counter(
+    "portcullis_shed_total",
+    "Calls refused at once because there was no room, by what was full: all calls (full), single texts by their latency (limit), "
+    "their wait against their own deadline (deadline), batches, bodies, connections.",
+    ["reason"],
+)
 BATCHES = Gauge("portcullis_batches_in_flight", "Batches that are being answered.")
 BATCH_ITEMS = Counter("portcullis_batch_items_total", "Items of batches answered, by outcome (ok or an error code).", ["outcome"])
 
 _PUBLIC = (REQUESTS, DURATION, IN_FLIGHT, IN_FLIGHT_LIMIT)
 _NOT_PUBLIC = "/admin"
 _LIFE_SECONDS = 1.0
+
+
+class Shed(StrEnum):
+    """Why a call was refused for want of room."""
+
+    FULL = "full"
+    LIMIT = "limit"
+    DEADLINE = "deadline"
+    BATCHES = "batches"
+    BODIES = "bodies"
+    CONNECTIONS = "connections"
+
+
+_SHED = {reason: SHED.labels(reason) for reason in Shed}
+
+
+def shed(reason: Shed) -> None:
+    """Count one call that is refused for want of room."""
+    _SHED[reason].inc()
 
 
 class PublicPage:

@@ -19,6 +19,7 @@ from libs.common.errors import ErrorCode, PortcullisError
 from libs.common.service import ConfigurationError
 from services.edge import problems
 from services.edge.gate import Gate
+from services.edge.metrics import Shed, shed
 from services.edge.peer import PEER, Peer
 from services.edge.settings import EdgeSettings
 
@@ -54,6 +55,7 @@ class Protocol(HttpToolsProtocol):
         super().connection_made(transport)
         self._peer = Peer(transport.abort)
         if len(self.connections) > self.settings.edge_max_connections:
+            shed(Shed.CONNECTIONS)
             self._refuse(PortcullisError(ErrorCode.OVERLOADED))
             return
         # uvicorn starts this timer after the first answer only: a connection on which nothing comes would stay for ever.

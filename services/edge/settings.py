@@ -45,6 +45,12 @@ class EdgeSettings(CommonSettings):
     """The largest legal text is 100 000 characters as surrogate pairs, `\\uXXXX\\uXXXX`: 1 200 000 bytes; and some around it."""
     edge_max_in_flight: Annotated[int, Field(ge=1)] = 512
     """Calls worked on at a time; further ones are refused at once."""
+    edge_min_in_flight: Annotated[int, Field(ge=1)] = 16
+    """Single texts that are let through to the stages at a time, however long they take; between this and the bound of all calls
+    the limit follows their latency."""
+    edge_tolerated_wait_ms: Annotated[float, Field(gt=0)] = 250.0
+    """How much longer than on an idle gateway a single text may take before fewer are let through; without the time that the
+    primary engine takes of it."""
     edge_max_buffered_bytes: Annotated[int, Field(ge=1024)] = 64 * 1024**2
     """Bytes of all bodies held at a time."""
     max_batch_body_bytes: Annotated[int, Field(ge=1024)] = 16 * 1024**2

@@ -67,14 +67,14 @@ async def parts(bus: Bus, settings: FallbackModelSettings) -> AsyncIterator[None
     bus.stage(
         model_pool(settings.model_pool),
         ModelRequest,
-        functools.partial(handlers.detect, slot=slot),
+        functools.partial(handlers.detect, slot=slot, clock=bus.clock),
         max_in_flight=_MAX_IN_FLIGHT,
         waiting=lambda: slot.detector.waiting,
     )
     bus.stage(
         model_pool_batch(settings.model_pool),
         ModelItems,
-        functools.partial(handlers.detect_many, slot=slot),
+        functools.partial(handlers.detect_many, slot=slot, clock=bus.clock),
         max_in_flight=_MAX_BULK_IN_FLIGHT,
         waiting=lambda: slot.detector.waiting_bulk,
     )

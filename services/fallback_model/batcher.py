@@ -2,15 +2,18 @@
 
 A batch is bounded by tokens, padding included (rows x the longest of them), and made of windows of about the same length, so
 that a short text is not padded to a long neighbour's length. Urgent windows go first; others are overtaken for a bounded
-time only. The queue is bounded in tokens: when it is full, `Busy` is raised at once and the caller can ask another worker.
+time only. The queue is bounded in tokens, and nobody waits in it in vain: when it is full, or when a request would hardly be
+scored before its deadline at the speed of late, `Busy` is raised at once and the caller can ask another worker.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import math
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final, Protocol
@@ -19,18 +22,24 @@ import numpy as np
 
 from libs.common import tracing
 from services.fallback_model.engine import Scores
+from services.fallback_model.forecast import Speed
 from services.fallback_model.metrics import LaneMetrics
 from services.fallback_model.windows import Ids
 
 _FOR_A_SESSION: Final = (("portcullis.queue", "model"),)
 _LOOK_AHEAD: Final = 256
 """How many waiting windows are looked at to find some of like length."""
+_CERTAIN: Final = 0.5
+"""A request is taken when it would wait for at most this part of its time: a forecast is no more exact than that, and what is
+scored too late is work that nobody gets anything of."""
+_FULL: Final = 0.5
+"""Batches of at least this part of their bound tell how fast a queue is worked off."""
 _LENGTH_SLACK: Final = 16
 """Windows whose lengths differ by at most this many tokens, or by a quarter, share a batch."""
 
 
 class Busy(Exception):  # noqa: N818  # it is an answer, not a fault
-    """The queue is at its bound."""
+    """The queue is at its bound, or too long for the time that a request has."""
 
 
 class Runner(Protocol):
@@ -78,6 +87,7 @@ class _Item:
     row: int
     ids: Ids
     since: float
+    urgent: bool
 
 
 class Batcher:
@@ -100,6 +110,10 @@ class Batcher:
         self._urgent: deque[_Item] = deque()
         self._patient: deque[_Item] = deque()
         self._queued_tokens = 0
+        self._urgent_tokens = 0
+        self._running_tokens = 0
+        self._expected_tokens = 0.0
+        self._speed = Speed()
         self._waiting_requests = 0
         self._metrics = LaneMetrics(lane, limits.queue_tokens, lambda: self._queued_tokens)
         self._work = asyncio.Event()
@@ -118,24 +132,47 @@ class Batcher:
         """Requests of which no window has been put into a batch yet."""
         return self._waiting_requests
 
-    def check(self) -> None:
-        """Raises `Busy` when a request would be refused now."""
+    def check(self, seconds: float, *, urgent: bool = True) -> None:
+        """Raises `Busy` when a request with so many seconds left would be refused now."""
         if self._closing or self._queued_tokens >= self._limits.queue_tokens:
-            self._metrics.refused.inc()
+            self._metrics.full.inc()
+            raise Busy
+        if self.wait_seconds(urgent=urgent) > _CERTAIN * max(0.0, seconds):
+            self._metrics.late.inc()
             raise Busy
 
-    async def score(self, rows: list[Ids], *, urgent: bool = True) -> Scores:
+    def wait_seconds(self, *, urgent: bool = True) -> float:
+        """How long a request would wait that came now, at the speed of late: at least, since others may go first by then.
+
+        What is being scored counts as a whole: half of it is done, and the request's own batch is about as much as that half.
+        """
+        ahead = self._expected_tokens + self._running_tokens + (self._urgent_tokens if urgent else self._queued_tokens)
+        return self._speed.seconds_for(ahead) / len(self._tasks)
+
+    @contextlib.contextmanager
+    def expecting(self, tokens: float) -> Iterator[None]:
+        """For as long as the block runs, about so many tokens are on their way here and count as if they waited."""
+        self._expected_tokens += tokens
+        try:
+            yield
+        finally:
+            self._expected_tokens -= tokens
+
+    async def score(self, rows: list[Ids], *, urgent: bool = True, seconds: float = math.inf) -> Scores:
         """Scores of `rows` (at least one), in their order.
 
-        Raises `Busy` at once, or whatever the engine raised. A request is taken whole, so the queue may stand above its bound
-        by one request. When the caller is cancelled, its windows that still wait are dropped.
+        Raises `Busy` at once when they would hardly be there within `seconds`, or whatever the engine raised. A request is taken
+        whole, so the queue may stand above its bound by one request. When the caller is cancelled, its windows that still wait
+        are dropped.
         """
-        self.check()
+        self.check(seconds, urgent=urgent)
+        tokens = sum(map(len, rows))
         request = _Request(len(rows), np.empty(len(rows), np.float32), None, asyncio.get_running_loop().create_future())
         now = self._clock.monotonic()
         queue = self._urgent if urgent else self._patient
-        queue.extend(_Item(request, index, ids, now) for index, ids in enumerate(rows))
-        self._queued_tokens += sum(map(len, rows))
+        queue.extend(_Item(request, index, ids, now, urgent) for index, ids in enumerate(rows))
+        self._queued_tokens += tokens
+        self._urgent_tokens += tokens if urgent else 0
         self._waiting_requests += 1
         self._work.set()
         try:
@@ -166,12 +203,14 @@ class Batcher:
 
     async def _serve(self, runner: Runner) -> None:
         loop = asyncio.get_running_loop()
+        began = self._clock.monotonic()
         while True:
             while not self._urgent and not self._patient:
                 if self._closing:
                     return
                 self._work.clear()
                 await self._work.wait()
+                began = self._clock.monotonic()
             if self._queued_tokens < self._limits.batch_tokens and self._limits.wait_seconds > 0 and not self._closing:
                 await self._sleep(self._limits.wait_seconds)
             batch = self._gather()
@@ -179,15 +218,32 @@ class Batcher:
                 continue
             self._metrics.began([len(item.ids) for item in batch], self._clock.monotonic() - min(item.since for item in batch))
             self._note_begin(batch)
+            tokens = sum(len(item.ids) for item in batch)
+            self._running_tokens += tokens
             try:
                 scores, seconds = await loop.run_in_executor(self._threads, _run, runner, [item.ids for item in batch])
             except Exception as error:  # noqa: BLE001  # handed to those who asked, whatever it is; the worker goes on
                 for item in batch:
                     if not item.request.done.done():
                         item.request.done.set_exception(error)
+                began = self._clock.monotonic()
                 continue
+            finally:
+                self._running_tokens -= tokens
             self._metrics.scored(seconds)
             self._deliver(batch, scores)
+            # The whole round, and not the scoring alone: on a busy machine much of it is waiting for a processor.
+            ended = self._clock.monotonic()
+            self._measure(batch, ended - began)
+            began = ended
+
+    def _measure(self, batch: list[_Item], seconds: float) -> None:
+        tokens = sum(len(item.ids) for item in batch)
+        # A queue that makes anybody wait is worked off in full batches. Small ones are slower by the token; but if even they are
+        # faster than what is believed, then that is out of date, and must not keep the queue too short for full ones.
+        full = max(len(item.ids) for item in batch) * len(batch) >= _FULL * self._limits.batch_tokens
+        if full or tokens > seconds * self._speed.per_second > 0:
+            self._speed.add(tokens, seconds)
 
     def _note_begin(self, batch: list[_Item]) -> None:
         now = self._clock.monotonic()
@@ -230,6 +286,7 @@ class Batcher:
 
     def _take_off(self, item: _Item) -> None:
         self._queued_tokens -= len(item.ids)
+        self._urgent_tokens -= len(item.ids) if item.urgent else 0
         if not item.request.begun:
             item.request.begun = True
             self._waiting_requests -= 1

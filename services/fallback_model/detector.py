@@ -33,6 +33,7 @@ _FOR_A_THREAD: Final = (("portcullis.queue", "prepare"),)
 MOST_SPANS: Final = 5
 MOST_URGENT_WINDOWS: Final = 16
 _MOST_SENTENCES: Final = 24
+_LEARNING: Final = 0.05
 DISGUISED_DISCOUNT: Final = 3.0
 _SENTENCE: Final = re.compile(r"[^.!?\n]{1,400}[.!?\n]*")
 # What hides a text from its reader, as opposed to forms that also come by accident (a full-width letter, a zero-width space).
@@ -328,22 +329,27 @@ class Detector:
         bulk_threads = ThreadPoolExecutor(1, thread_name_prefix="prepare-bulk")
         self._bulk = _Lane(make_bulk_batcher(model), bulk_threads)
 
-    async def detect(self, text: str, *, detailed: bool = False, bulk: bool = False) -> Detection:
-        """Judges one text. Raises `Busy` at once when its queue is full; a failure is an exception, never a verdict."""
+    async def detect(self, text: str, *, detailed: bool = False, bulk: bool = False, seconds: float = math.inf) -> Detection:
+        """Judges one text within `seconds`, after which the caller cancels it.
+
+        Raises `Busy` at once when its queue is full or it would be late; a failure is an exception, never a verdict.
+        """
         lane = self._bulk if bulk else self._single
         batcher = lane.batcher
-        batcher.check()
+        batcher.check(seconds)
         loop = asyncio.get_running_loop()
         began = time.perf_counter()
-        prepared = await loop.run_in_executor(lane.threads, self.model.prepare, text)
+        with batcher.expecting(len(text) * lane.tokens_per_character):
+            prepared = await loop.run_in_executor(lane.threads, self.model.prepare, text)
         ready = time.perf_counter()
+        lane.learn(text, prepared)
         metrics.NORMALISE.observe(prepared.timings["normalise"] / 1000)
         metrics.TOKENISE.observe(prepared.timings["tokenise"] / 1000)
         tracing.record("queue", prepared.began - began, ago=ready - prepared.began, own=_FOR_A_THREAD)
         tracing.record("tokenize", ready - prepared.began, own=(("portcullis.normalise_ms", prepared.timings["normalise"]),))
         # A long document waits for its turn: its hundreds of windows would hold up every short text.
         urgent = len(prepared.rows) <= MOST_URGENT_WINDOWS
-        scores = await batcher.score(prepared.rows, urgent=urgent)
+        scores = await batcher.score(prepared.rows, urgent=urgent, seconds=seconds - (ready - began))
         scored = time.perf_counter()
         detection = self.model.judge(prepared, scores)
         metrics.count_text(bulk=bulk, truncated=detection.coverage.truncated)
@@ -377,9 +383,15 @@ class Detector:
             lane.threads.shutdown(wait=False)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Lane:
-    """Where texts are prepared and scored."""
+    """Where texts are prepared and scored. `tokens_per_character`: of late; most texts are prose in one language or another."""
 
     batcher: Batcher
     threads: ThreadPoolExecutor
+    tokens_per_character: float = 0.25
+
+    def learn(self, text: str, prepared: Prepared) -> None:
+        """What became of a text is what may be expected of the next."""
+        tokens = sum(map(len, prepared.rows))
+        self.tokens_per_character += _LEARNING * (tokens / max(1, len(text)) - self.tokens_per_character)

@@ -8,6 +8,7 @@ import time
 
 from libs.common import tracing
 from libs.common.bus import Answer, Outcome
+from libs.common.clock import Clock
 from libs.common.context import RequestContext
 from libs.common.contracts import (
     Coverage,
@@ -29,45 +30,49 @@ from services.fallback_model.swap import Slot
 log = logging.getLogger(__name__)
 
 
-async def detect(request: ModelRequest, _: RequestContext, slot: Slot) -> Outcome:
-    """Judges one text. Refuses with OVERLOADED when the queue is full, so that the caller can try another worker."""
+async def detect(request: ModelRequest, context: RequestContext, slot: Slot, clock: Clock) -> Outcome:
+    """Judges one text. Refuses with OVERLOADED when the queue is full, or too long for the deadline: another may have room."""
+    seconds = context.remaining_seconds(clock.now())
     try:
         async with slot.use() as detector:
-            detection = await detector.detect(request.text, detailed=request.detailed)
+            detection = await detector.detect(request.text, detailed=request.detailed, seconds=seconds)
     except Busy:
-        raise PortcullisError(ErrorCode.OVERLOADED, internal="the model's queue is full") from None
+        raise PortcullisError(ErrorCode.OVERLOADED, internal="the model's queue is too long") from None
     tracing.annotate("portcullis.tokens", detection.coverage.tokens)
     return Answer(to_message(detection, detailed=request.detailed))
 
 
-async def detect_many(request: ModelItems, _: RequestContext, slot: Slot) -> Outcome:
+async def detect_many(request: ModelItems, context: RequestContext, slot: Slot, clock: Clock) -> Outcome:
     """Judges many texts side by side, as bulk work. What becomes of one text is no matter of the others."""
+    seconds = context.remaining_seconds(clock.now())
     async with slot.use() as detector:
-        results = await asyncio.gather(
-            *(_traced_item(detector, index, text, detailed=request.detailed) for index, text in enumerate(request.texts))
+        judging = (
+            _traced_item(detector, index, text, detailed=request.detailed, seconds=seconds)
+            for index, text in enumerate(request.texts)
         )
+        results = await asyncio.gather(*judging)
     tracing.annotate("portcullis.items", len(results))
     scored = [each.result.coverage.tokens for each in results if each.result is not None]
     tracing.annotate("portcullis.tokens", sum(scored))
     return Answer(ModelItemResults(results=tuple(results)))
 
 
-async def _traced_item(detector: Detector, index: int, text: str, *, detailed: bool) -> ModelItemResult:
+async def _traced_item(detector: Detector, index: int, text: str, *, detailed: bool, seconds: float) -> ModelItemResult:
     """One of many: a span only when it fails or is slow. The steps of each would be more than all the rest of the trace."""
     message, began = tracing.here(), time.perf_counter()
     tracing.enter("")
-    result = await _item(detector, text, detailed=detailed)
+    result = await _item(detector, text, detailed=detailed, seconds=seconds)
     tracing.enter(message)
-    seconds = time.perf_counter() - began
-    if result.error is not None or tracing.is_slow(seconds):
+    spent = time.perf_counter() - began
+    if result.error is not None or tracing.is_slow(spent):
         error = result.error.code if result.error is not None else ""
-        tracing.record("item", seconds, own=(("portcullis.item.index", index),), error=error)
+        tracing.record("item", spent, own=(("portcullis.item.index", index),), error=error)
     return result
 
 
-async def _item(detector: Detector, text: str, *, detailed: bool) -> ModelItemResult:
+async def _item(detector: Detector, text: str, *, detailed: bool, seconds: float) -> ModelItemResult:
     try:
-        detection = await detector.detect(text, detailed=detailed, bulk=True)
+        detection = await detector.detect(text, detailed=detailed, bulk=True, seconds=seconds)
     except Busy:
         return ModelItemResult(error=_error(ErrorCode.OVERLOADED))
     except Exception:

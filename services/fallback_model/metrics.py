@@ -12,7 +12,11 @@ RELOADS = Counter("portcullis_model_reloads_total", "Exchanges of the model that
 RELOADED, NOT_RELOADED = RELOADS.labels("ok"), RELOADS.labels("failed")
 
 TEXTS = Counter("portcullis_model_texts_total", "Texts judged.", ["lane"])
-REFUSED = Counter("portcullis_model_refused_total", "Texts turned away because the queue was full.", ["lane"])
+REFUSED = Counter(
+    "portcullis_model_refused_total",
+    "Texts turned away at once: the queue was full, or too long for the time that the text had left (late).",
+    ["lane", "reason"],
+)
 TRUNCATED = Counter("portcullis_model_truncated_texts_total", "Texts of which not everything hidden was undone.")
 PREPARE = Histogram(
     "portcullis_model_prepare_duration_seconds",
@@ -57,7 +61,7 @@ class LaneMetrics:
     def __init__(self, lane: str, queue_tokens: int, queued_tokens: Callable[[], int]) -> None:
         QUEUED.labels(lane).set_function(queued_tokens)
         QUEUE_LIMIT.labels(lane).set(queue_tokens)
-        self.refused = REFUSED.labels(lane)
+        self.full, self.late = REFUSED.labels(lane, "full"), REFUSED.labels(lane, "late")
         self._wait = QUEUE_WAIT.labels(lane)
         self._windows = BATCH_WINDOWS.labels(lane)
         self._tokens = TOKENS.labels(lane)

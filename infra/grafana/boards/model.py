@@ -116,9 +116,9 @@ def dashboard() -> Dashboard:
                     ),
                     lines(
                         "Texts",
-                        "Turned away: the queue was full; the proxy tries another worker.",
+                        "Turned away: the queue was full, or too long for their deadline (late); the proxy tries another worker.",
                         (rate("portcullis_model_texts_total", "lane"), "{{lane}}"),
-                        (rate("portcullis_model_refused_total", "lane"), "turned away from {{lane}}"),
+                        (rate("portcullis_model_refused_total", "lane, reason"), "turned away from {{lane}}: {{reason}}"),
                         (rate("portcullis_model_truncated_texts_total"), "not everything undone"),
                         unit="reqps",
                     ),

@@ -148,7 +148,8 @@ def dashboard() -> Dashboard:
                     ),
                     lines(
                         "Time of a detection",
-                        "From the request's headers to the end of the answer. Points lead to traces.",
+                        "From the request's headers to the end of the answer. Points lead to traces. base: with hardly any other "
+                        "under way, which the edge's limit goes by.",
                         *(
                             (
                                 quantile(part, "portcullis_http_request_duration_seconds", matching='route="/v1/detect"'),
@@ -156,16 +157,26 @@ def dashboard() -> Dashboard:
                             )
                             for part in (0.5, 0.95, 0.99)
                         ),
+                        ("max(portcullis_detect_base_seconds < 1e9)", "base"),
                         unit="s",
                         exemplars=True,
                     ),
                     lines(
                         "In flight at the edge",
-                        "Beyond the limit calls are refused with 429.",
+                        "Beyond the limits calls are refused with 429. That of single texts follows their latency.",
                         ("sum(portcullis_http_in_flight)", "calls"),
                         ("sum(portcullis_http_in_flight_limit)", "limit"),
+                        ("sum(portcullis_detect_in_flight)", "single texts"),
+                        ("sum(portcullis_detect_in_flight_limit)", "limit of single texts"),
                         ("sum(portcullis_batches_in_flight)", "batches"),
                         unit="short",
+                    ),
+                    lines(
+                        "Refused for want of room",
+                        "limit: single texts take too long already; deadline: they would wait past it; full: of everything.",
+                        (rate("portcullis_shed_total", "reason"), "{{reason}}"),
+                        unit="reqps",
+                        stacked=True,
                     ),
                     lines(
                         "Verdicts",

@@ -127,8 +127,11 @@ def dashboard() -> Dashboard:
                     ),
                     lines(
                         "Sent again",
-                        "Requests sent once more because a process that may have had them died.",
+                        "Requests sent once more because a process that may have had them died; withheld: the budget of "
+                        "retries was used up, of these and of those to another worker of a pool.",
                         (rate("portcullis_requests_resent_total", "service", chosen), "{{service}}"),
+                        (rate("portcullis_retries_withheld_total", "service, kind", chosen), "withheld: {{service}} {{kind}}"),
+                        (f"min by (service) (portcullis_retry_budget_left{{{chosen}}})", "left: {{service}}"),
                         unit="reqps",
                     ),
                 ],

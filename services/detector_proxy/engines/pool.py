@@ -2,32 +2,36 @@
 go to `model.v1.<pool>.batch`, where the workers take them as bulk work.
 
 The queue group picks a worker at random. One that is full says so at once, and one that hangs says nothing: in both cases the
-request is sent again, and goes to another with good odds. (One that dies is the bus's matter: it sends again by itself.) A pool
-without any worker is known within a millisecond and costs nothing to ask, so that it is no business of a breaker's either.
+request is sent again, and goes to another with good odds, as long as the budget of retries lasts: when all workers are full or
+late, asking each request of them three times would be what keeps them so. (One that dies is the bus's matter: it sends again by
+itself.) A pool without any worker is known within a millisecond and costs nothing to ask, so that it is no business of a
+breaker's either.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar
 
 import msgspec
 
-from libs.common import micro
+from libs.common import micro, telemetry
 from libs.common.bus import NoRespondersError, Response
 from libs.common.clock import Clock
 from libs.common.context import RequestContext, new_request_id, new_traceparent
 from libs.common.contracts import DetectPayload, ErrorBody, Message, ModelItemResults, ModelItems, ModelRequest, ModelResult
 from libs.common.errors import ErrorCode, PortcullisError
+from libs.common.retries import RetryBudget
 from libs.common.subjects import DEFAULT_POOL, POOL_PING, model_pool, model_pool_batch
 from services.detector_proxy.metrics import POOL_RETRIES
 from services.detector_proxy.ports import EngineError, EngineResult, Health, Outcome
 
 MAX_ATTEMPTS = 3
-ATTEMPT_SECONDS = 1.0
+ATTEMPT_SECONDS = 2.0
 ATTEMPT_SECONDS_PER_CHARACTER = 5e-5
-"""How long one worker may take before another is tried: a worker that has not even begun after a second would have said "busy",
-and 100 000 characters take it seconds."""
+"""How long one worker may take before another is tried. One that would have to let it wait for half of that says "busy" at once,
+so that silence means that it hangs; and 100 000 characters take seconds."""
 BULK_ATTEMPT_SECONDS = 5.0
 """The same for many texts, which wait for single ones, and for what came before them."""
 MARGIN_SECONDS = 0.005
@@ -54,7 +58,12 @@ class Requester(Protocol):
     @property
     def clock(self) -> Clock: ...
 
-    async def request(self, subject: str, message: Message, context: RequestContext, *, idempotent: bool = False) -> Response: ...
+    @property
+    def retry_budget(self) -> RetryBudget: ...
+
+    async def request(
+        self, subject: str, message: Message, context: RequestContext, *, idempotent: bool = False, again: bool = False
+    ) -> Response: ...
 
     async def gather(
         self, subject: str, message: Message | None, context: RequestContext, *, window_seconds: float
@@ -68,11 +77,15 @@ class PoolEngine:
         self.name = pool
         self._bus = bus
         self._pool = pool
+        self._answered_at = -math.inf
         self._subject = model_pool(pool)
         self._bulk_subject = model_pool_batch(pool)
 
     async def detect(self, payload: DetectPayload, context: RequestContext, timeout_seconds: float) -> EngineResult:
-        """Raises `EngineError`: absent, busy, no_answer (counted if a worker had its full time), rejected, malformed, failed."""
+        """Raises `EngineError`: absent, busy, no_answer, rejected, malformed, failed.
+
+        `no_answer` is counted if a worker had its full time, and the pool answered nobody else in it.
+        """
         request = ModelRequest(text=payload.text, detailed=payload.detailed)
         patience = ATTEMPT_SECONDS + ATTEMPT_SECONDS_PER_CHARACTER * len(payload.text)
         return await self._attempts(self._subject, request, _result, context, timeout_seconds, patience)
@@ -110,10 +123,16 @@ class PoolEngine:
             if remaining <= 0:
                 break
             if attempt > 1:
+                if not self._bus.retry_budget.take():
+                    telemetry.POOL_WITHHELD.inc()
+                    counts = False  # another worker may well be in order: nothing is known against the pool as a whole
+                    break
                 POOL_RETRIES.labels(self._pool, failure.reason).inc()
-            last = attempt == MAX_ATTEMPTS or remaining <= patience
+            # A busy worker could not have done it within the patience: the next one is asked for no more than the deadline.
+            last = attempt == MAX_ATTEMPTS or remaining <= patience or failure.reason == "busy"
+            seconds = remaining if last else patience
             try:
-                answer = await self._ask(subject, request, context, remaining if last else patience, full=remaining >= patience)
+                answer = await self._ask(subject, request, context, seconds, full=remaining >= patience, again=attempt > 1)
                 return read(answer)
             except EngineError as error:
                 failure = error
@@ -122,7 +141,9 @@ class PoolEngine:
                     break  # no other worker would say otherwise
         raise EngineError(failure.reason, counts=counts)
 
-    async def _ask(self, subject: str, request: Message, context: RequestContext, seconds: float, *, full: bool) -> msgspec.Raw:
+    async def _ask(
+        self, subject: str, request: Message, context: RequestContext, seconds: float, *, full: bool, again: bool
+    ) -> msgspec.Raw:
         # The worker gets this attempt's deadline: what we no longer wait for, it does not begin.
         attempt = RequestContext(
             deadline_ms=int((self._bus.clock.now() + seconds) * 1000),
@@ -130,16 +151,20 @@ class PoolEngine:
             traceparent=context.traceparent,
             attempt_of=context.attempt_of,
         )
+        began = self._bus.clock.monotonic()
         try:
-            response = await self._bus.request(subject, request, attempt, idempotent=True)
+            response = await self._bus.request(subject, request, attempt, idempotent=True, again=again)
         except NoRespondersError:
             raise EngineError("absent", counts=False) from None
         except PortcullisError as error:
             if error.code == ErrorCode.DEADLINE_EXCEEDED:
-                raise EngineError("no_answer", counts=full) from None
+                # A pool that answers others in the meantime has too much to do, or one worker that hangs. To shut it for that,
+                # as the breaker would, would leave nobody to do the work.
+                raise EngineError("no_answer", counts=full and self._answered_at < began) from None
             if error.code == ErrorCode.PAYLOAD_TOO_LARGE:
                 raise EngineError("rejected", counts=False) from None
             raise EngineError("absent", counts=False) from error
+        self._answered_at = self._bus.clock.monotonic()
         if response.reply.error is not None:
             raise _failure(response.reply.error)
         return response.reply.result

@@ -48,6 +48,14 @@ async def test_a_working_primary_answers_and_nobody_else_is_asked() -> None:
     assert bench.fallback_engine.allotted == []
 
 
+@pytest.mark.parametrize("primary", [FakeEngine(), broken("timeout", counts=True), None])
+async def test_the_time_of_the_primary_goes_with_every_answer(primary: FakeEngine | None) -> None:
+    bench = Bench(primary)
+    asked = context(bench.clock, 10)
+    await bench.judge.judge(TEXT, asked)
+    assert ("engine" in asked.timings) is (primary is not None)
+
+
 async def test_without_a_primary_the_pool_is_the_engine_and_nothing_is_degraded() -> None:
     answer = await Bench(None).ask()
     assert (answer.endpoint, answer.degraded) == ("pool-model", False)

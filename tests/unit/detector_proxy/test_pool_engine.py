@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
+
 import msgspec
 import pytest
 
-from libs.common import contracts, micro
+from libs.common import contracts, micro, telemetry
 from libs.common.bus import NoRespondersError, Response
 from libs.common.clock import ManualClock
 from libs.common.context import RequestContext
@@ -23,6 +25,7 @@ from libs.common.contracts import (
     raw,
 )
 from libs.common.errors import ErrorCode, PortcullisError
+from libs.common.retries import RetryBudget
 from services.detector_proxy.engines.pool import ATTEMPT_SECONDS, BULK_ATTEMPT_SECONDS, MARGIN_SECONDS, MAX_ATTEMPTS, PoolEngine
 from services.detector_proxy.ports import EngineError
 from tests.unit.detector_proxy.fakes import context
@@ -47,19 +50,26 @@ Word = ModelResult | ErrorCode | Exception | Silence | bytes
 class FakeBus:
     def __init__(self, *words: Word) -> None:
         self.clock = ManualClock()
+        self.retry_budget = RetryBudget(self.clock)
         self.words = list(words)
         self.allotted: list[float] = []
+        self.meanwhile: Callable[[float], Awaitable[None]] | None = None
         self.pings: list[bytes] = []
         self.text = "text"
 
-    async def request(self, subject: str, message: Message, context: RequestContext, *, idempotent: bool = False) -> Response:
+    async def request(
+        self, subject: str, message: Message, context: RequestContext, *, idempotent: bool = False, again: bool = False
+    ) -> Response:
         assert subject == "model.v1.gpu"
         assert message == ModelRequest(text=self.text, detailed=True)
         assert idempotent
+        assert again is bool(self.allotted) or self.meanwhile is not None
         seconds = context.remaining_seconds(self.clock.now())
         self.allotted.append(seconds)
         word = self.words.pop(0)
         if isinstance(word, Silence):
+            if self.meanwhile is not None:
+                await self.meanwhile(seconds)
             self.clock.advance(seconds)
             raise PortcullisError(ErrorCode.DEADLINE_EXCEEDED)
         if isinstance(word, Exception):
@@ -133,11 +143,44 @@ async def test_what_no_other_worker_would_say_differently_is_not_asked_again(wor
     assert len(bus.allotted) == 1
 
 
+async def test_a_pool_that_answers_others_meanwhile_does_not_hang() -> None:
+    bus = FakeBus(Silence(), Silence(), Silence())
+    engine = PoolEngine(bus, "gpu")
+
+    async def another_is_answered(seconds: float) -> None:
+        bus.words.insert(0, RESULT)
+        await engine.detect(TEXT, context(bus.clock, 60), seconds)
+
+    bus.meanwhile = another_is_answered
+    with pytest.raises(EngineError) as caught:
+        await engine.detect(TEXT, context(bus.clock, 60), 10.0)
+    assert (caught.value.reason, caught.value.counts) == ("no_answer", False)
+
+
 async def test_a_hanging_worker_is_given_up_early_enough_for_two_others() -> None:
     bus = FakeBus(Silence(), Silence(), Silence())
     await failure(bus)
     rest = 10 - MARGIN_SECONDS - 2 * ATTEMPT_SECONDS
     assert bus.allotted == [pytest.approx(ATTEMPT_SECONDS, abs=0.01)] * 2 + [pytest.approx(rest, abs=0.02)]
+
+
+async def test_after_a_busy_worker_the_next_one_is_asked_for_all_the_time_there_is() -> None:
+    bus = FakeBus(ErrorCode.OVERLOADED, RESULT)
+    await ask(bus)
+    assert bus.allotted == [pytest.approx(ATTEMPT_SECONDS, abs=0.01), pytest.approx(10 - MARGIN_SECONDS, abs=0.01)]
+
+
+@pytest.mark.parametrize(
+    ("word", "reason"), [(ErrorCode.OVERLOADED, "busy"), (Silence(), "no_answer"), (b"garbage", "malformed")]
+)
+async def test_without_a_budget_nothing_is_tried_again_and_nothing_held_against_the_pool(word: Word, reason: str) -> None:
+    bus = FakeBus(word, RESULT)
+    while bus.retry_budget.take():
+        pass
+    withheld = telemetry.POOL_WITHHELD._value.get()
+    assert await failure(bus) == (reason, False)
+    assert len(bus.allotted) == 1
+    assert telemetry.POOL_WITHHELD._value.get() == withheld + 1
 
 
 async def test_a_deadline_too_short_for_one_attempt_proves_nothing_about_the_workers() -> None:
@@ -192,7 +235,9 @@ async def test_workers_that_name_no_pool_are_of_the_default_one() -> None:
 
 
 class BulkBus(FakeBus):
-    async def request(self, subject: str, message: Message, context: RequestContext, *, idempotent: bool = False) -> Response:
+    async def request(
+        self, subject: str, message: Message, context: RequestContext, *, idempotent: bool = False, again: bool = False
+    ) -> Response:
         assert subject == "model.v1.gpu.batch"
         assert message == ModelItems(texts=("one", "two"), detailed=False)
         assert idempotent

@@ -60,10 +60,10 @@ async def batcher(runner: FakeRunner, clock: ManualClock) -> AsyncIterator[Batch
     await made.close()
 
 
-async def occupied(batcher: Batcher, runner: FakeRunner) -> asyncio.Task[Scores]:
+async def occupied(batcher: Batcher, runner: FakeRunner, tokens: int = 10) -> asyncio.Task[Scores]:
     """One request inside the session, so that everything after it waits."""
     runner.gate.clear()
-    task = asyncio.create_task(batcher.score(rows(10)))
+    task = asyncio.create_task(batcher.score(rows(tokens)))
     await asyncio.sleep(0)
     while batcher.queued_tokens:
         await asyncio.sleep(0.001)
@@ -177,12 +177,67 @@ async def test_what_is_turned_away_is_counted(batcher: Batcher, runner: FakeRunn
     first = await occupied(batcher, runner)
     waiting = asyncio.create_task(batcher.score(rows(100, 100, 100)))
     await asyncio.sleep(0)
-    before = sample("refused_total", lane="single")
+    before = sample("refused_total", lane="single", reason="full")
     with pytest.raises(Busy):
         await batcher.score(rows(1))
-    assert sample("refused_total", lane="single") == before + 1
+    assert sample("refused_total", lane="single", reason="full") == before + 1
     runner.gate.set()
     await asyncio.gather(first, waiting)
+
+
+async def test_who_would_wait_past_the_deadline_is_refused_and_nobody_before_the_speed_is_known(
+    batcher: Batcher, runner: FakeRunner, clock: ManualClock
+) -> None:
+    first = await occupied(batcher, runner)
+    waiting = asyncio.create_task(batcher.score(rows(10), seconds=0.001))
+    await asyncio.sleep(0)
+    clock.advance(9.0)  # for ten tokens, which are no measure of how fast full batches are
+    runner.gate.set()
+    await asyncio.gather(first, waiting)
+    assert batcher.wait_seconds() == 0.0
+
+    first = await occupied(batcher, runner, 100)
+    clock.advance(0.5)  # 200 tokens a second
+    runner.gate.set()
+    await first
+
+    first = await occupied(batcher, runner)
+    waiting = asyncio.create_task(batcher.score(rows(100, 90)))
+    patient = asyncio.create_task(batcher.score(rows(60), urgent=False, seconds=9.0))
+    # A second's wait: for who has two, and 2.6 if everything goes first.
+    await asyncio.sleep(0)
+    assert batcher.wait_seconds() == pytest.approx((10 + 190) / 200)
+    assert batcher.wait_seconds(urgent=False) == pytest.approx((10 + 190 + 60) / 200)
+    before = sample("refused_total", lane="single", reason="late")
+    for urgent, seconds in ((True, 1.8), (False, 1.8), (False, 2.4)):
+        with pytest.raises(Busy):
+            await batcher.score(rows(1), urgent=urgent, seconds=seconds)
+    assert sample("refused_total", lane="single", reason="late") == before + 3
+    in_time = asyncio.create_task(batcher.score(rows(1), seconds=2.2))
+    await asyncio.sleep(0)
+    with batcher.expecting(1000):
+        assert batcher.wait_seconds() == pytest.approx((10 + 191 + 1000) / 200)
+    runner.gate.set()
+    await asyncio.gather(first, waiting, patient, in_time)
+    assert batcher.wait_seconds() == 0.0
+
+
+async def test_a_speed_that_is_out_of_date_is_found_out_by_small_batches_too(
+    batcher: Batcher, runner: FakeRunner, clock: ManualClock
+) -> None:
+    for tokens, seconds in ((100, 50.0), (10, 50.0)):  # the second tells nothing
+        first = await occupied(batcher, runner, tokens)
+        clock.advance(seconds)
+        runner.gate.set()
+        await first
+    with batcher.expecting(100):
+        assert batcher.wait_seconds() == pytest.approx(50.0)
+        for _ in range(40):
+            first = await occupied(batcher, runner)
+            clock.advance(0.1)
+            runner.gate.set()
+            await first
+        assert batcher.wait_seconds() < 10.0
 
 
 async def test_a_request_that_nobody_waits_for_does_not_wait_either(batcher: Batcher, runner: FakeRunner) -> None:
