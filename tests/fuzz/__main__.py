@@ -38,7 +38,7 @@ def run_target(name: str, seconds: int) -> bool:
     if ended.returncode:
         print("\n".join(lines[-LAST_LINES:]))
     else:
-        print("\n".join(line for line in lines if " DONE " in line))
+        print("\n".join(line for line in lines if "DONE" in line or line.startswith("Done")))
     return ended.returncode == 0
 
 

@@ -86,7 +86,7 @@ def _opinion(text: str) -> Any:
         return _READER.decode(text)
     except RecursionError:
         return MISSING
-    except json.JSONDecodeError:
+    except ValueError:  # not only JSONDecodeError: it takes `\\u-001` for a number
         return REFUSED
 
 
