@@ -88,15 +88,15 @@ class Process:
     dead: bool = False
     in_hand: set[Handed] = field(default_factory=set)
 
-    async def ask(self, call: Callable[..., Coroutine[Any, Any, T]], *arguments: Any, may_fail: bool = True, **named: Any) -> T:
+    async def ask(self, call: Callable[..., Coroutine[Any, Any, T]], *arguments: Any, **named: Any) -> T:
         await self.weather.passes()
         self._end()
-        if may_fail and self.weather.fails():
+        if self.weather.fails():
             raise AWAY
         answer = await call(*arguments, **named)
         await self.weather.passes()
         self._end()
-        if may_fail and self.weather.fails():
+        if self.weather.fails():
             raise AWAY  # it has been done, and the answer is lost
         return answer
 
@@ -234,18 +234,21 @@ class JobsMachine(RuleBasedStateMachine):
             finally:
                 self.loop.close()
 
+    def ports(self, process: Process) -> tuple[Any, Any, Any]:
+        return Asked(process, self.records), AskedQueues(process, self.queues), Asked(process, self.results)
+
     def replica(self) -> tuple[Process, Runner]:
         process = Process(self.weather)
-        ports: list[Any] = [Asked(process, self.records), AskedQueues(process, self.queues), Asked(process, self.results)]
+        records, queues, results = self.ports(process)
         backend: Any = Asked(process, self.backend)
         rng = random.Random(self.weather.rng.random())
-        return process, Runner(*ports, backend, self.clock, PACE, rng=rng, sleep=lambda _: asyncio.sleep(0))
+        return process, Runner(records, queues, results, backend, self.clock, PACE, rng=rng, sleep=lambda _: asyncio.sleep(0))
 
     def desk(self) -> Desk:
         process = Process(self.weather)
-        ports: list[Any] = [Asked(process, self.records), AskedQueues(process, self.queues), Asked(process, self.results)]
+        records, queues, results = self.ports(process)
         bounds = Bounds(items=100, stored_bytes=100_000, open_per_key=20, open_in_all=30)
-        return Desk(*ports, self.clock, bounds, webhook_refusal=lambda _: None, kick=lambda: None)
+        return Desk(records, queues, results, self.clock, bounds, webhook_refusal=lambda _: None, kick=lambda: None)
 
     # --- what can happen --------------------------------------------------------------------------------------------------
 
