@@ -8,6 +8,10 @@ from typing import Final
 FACTOR_VARIABLE: Final = "PORTCULLIS_TEST_FUZZ_FACTOR"
 
 
+_FACTOR: Final = int(os.environ.get(FACTOR_VARIABLE, "1"))
+SHORT: Final = _FACTOR == 1
+
+
 def examples(short: int) -> int:
     """As many runs of a machine as the ordinary test run has, times what the long one asks for."""
-    return short * int(os.environ.get(FACTOR_VARIABLE, "1"))
+    return short * _FACTOR
