@@ -53,7 +53,17 @@ def run_machine(name: str, seconds: int) -> bool:
     rounds = 0
     while time.monotonic() < ends:
         seed = random.randrange(2**31)
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", f"--hypothesis-seed={seed}", MACHINES[name]]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-x",
+            "--no-header",
+            "--show-capture=no",
+            f"--hypothesis-seed={seed}",
+            MACHINES[name],
+        ]
         ended = subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True)
         rounds += 1
         if ended.returncode:

@@ -22,7 +22,7 @@ from services.limiter import handlers
 from services.limiter.core import PER_KEY, RETRY_BANDS, RETRY_JITTER, Decision, KeyState
 from services.limiter.failover import Health, Limiter
 from services.limiter.handlers import RateLimitedError
-from services.limiter.ports import StoreUnavailableError
+from services.limiter.ports import StoreForgotError, StoreUnavailableError
 from tests.fuzz.budget import examples
 from tests.unit.limiter.rule import DAY, MINUTE, ExactLog
 
@@ -46,11 +46,15 @@ def at_once(call: Coroutine[Any, Any, T]) -> T:
 class Store:
     """One key's state for all replicas."""
 
-    def __init__(self, clock: ManualClock, replicas: int) -> None:
+    def __init__(self, clock: ManualClock) -> None:
         self.away = False
         self.state = KeyState(PER_KEY)
+        self.replicas: set[Beats] = set()
         self._clock = clock
-        self._replicas = replicas
+
+    def forget(self) -> None:
+        self.state = KeyState(PER_KEY)
+        self.replicas.clear()
 
     async def decide(
         self, key: str, limits: Sequence[int], cost: int, known: Sequence[int] | None, *, partial: bool = False
@@ -59,10 +63,23 @@ class Store:
             raise StoreUnavailableError
         return self.state.decide(PER_KEY, limits, cost, int(self._clock.monotonic() * 1000), known, partial=partial)
 
+
+class Beats:
+    """One replica's heartbeat."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._was_known = False
+
     async def beat(self) -> int:
-        if self.away:
+        was_known, self._was_known = self._was_known, not self._store.away
+        if self._store.away:
             raise StoreUnavailableError
-        return self._replicas
+        forgotten = self not in self._store.replicas
+        self._store.replicas.add(self)
+        if was_known and forgotten:
+            raise StoreForgotError
+        return len(self._store.replicas)
 
 
 def bands(fewest: int, most: int) -> tuple[int, int]:
@@ -85,11 +102,12 @@ class LimiterMachine(RuleBasedStateMachine):
     )
     def begin(self, replicas: int, minute: int, days: int, seed: int) -> None:
         self.clock = ManualClock()
-        self.store = Store(self.clock, replicas)
-        self.health = [Health(self.store, lambda _: None, monotonic=self.clock.monotonic) for _ in range(replicas)]
+        self.store = Store(self.clock)
+        beats = [Beats(self.store) for _ in range(replicas)]
+        self.health = [Health(each, lambda _: None, monotonic=self.clock.monotonic) for each in beats]
         self.limiters = [Limiter(PER_KEY, self.store, health, self.clock, 10) for health in self.health]
-        for health in self.health:
-            at_once(health.check())
+        for _ in range(2):  # at the second beat all know of all
+            self.everybody_beats()
         self.principal = Principal(key_id="k", scopes=("detect",), limit_minute=minute, limit_day=minute * days)
         self.rng = random.Random(seed)
         self.log = ExactLog()
@@ -194,8 +212,19 @@ class LimiterMachine(RuleBasedStateMachine):
     def the_store_comes_back(self, with_its_data: bool) -> None:
         self.store.away = False
         if not with_its_data:
-            self.store.state = KeyState(PER_KEY)
-            self.losses += 1
+            self.forget()
+
+    @rule()
+    def forget(self) -> None:
+        """Also without having been away. A beat comes before the next call: what a second has time for is left out."""
+        self.calm = False
+        self.losses += 1
+        self.store.forget()
+        self.everybody_beats()
+
+    def everybody_beats(self) -> None:
+        for health in self.health:
+            at_once(health.check())
 
     @rule(replica=st.integers(0, 2))
     def heartbeat(self, replica: int) -> None:
