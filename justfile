@@ -56,6 +56,11 @@ jobs *arguments: _runtime
 test *arguments: _development
     @exec {{ python }} -m pytest "$@"
 
+# Fuzz for so many seconds each target and each state machine, or those named: fuzz 180 normaliser jobs
+[no-exit-message]
+fuzz *arguments: _development
+    @exec {{ python }} -m tests.fuzz "$@"
+
 # Everything that is checked without running the product
 check: _development
     {{ python }} -m ruff format --check .

@@ -432,10 +432,12 @@ class Runner:
                 ),
                 return_exceptions=True,
             )
-        for delivery, has_result in zip(group, settled, strict=True):
+        for delivery, result, has_result in zip(group, results, settled, strict=True):
             if isinstance(has_result, bool):
                 hand.held.discard(delivery)
                 hand.used += has_result
+            elif isinstance(result, ItemResult) and result.verdict is not None:
+                hand.used += 1  # it was judged, and that its result is stored may be what we were not told
         for outcome in settled:
             if isinstance(outcome, BaseException):
                 raise outcome

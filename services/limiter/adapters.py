@@ -20,7 +20,7 @@ from libs.common import telemetry, tracing
 from services.limiter.core import Decision, Policy
 from services.limiter.lua import SCRIPT, Wire
 from services.limiter.metrics import REDIS_DURATION
-from services.limiter.ports import StoreUnavailableError
+from services.limiter.ports import StoreForgotError, StoreUnavailableError
 
 log = logging.getLogger(__name__)
 
@@ -39,10 +39,10 @@ REPLICAS_KEY = "rl:v1:replicas"
 REPLICA_LIFE_SECONDS = 5
 BEAT_SCRIPT = f"""
 local clock = redis.call('TIME')
-redis.call('ZADD', KEYS[1], clock[1], ARGV[1])
+local added = redis.call('ZADD', KEYS[1], clock[1], ARGV[1])
 redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', clock[1] - {REPLICA_LIFE_SECONDS})
 redis.call('EXPIRE', KEYS[1], {REPLICA_LIFE_SECONDS})
-return redis.call('ZCARD', KEYS[1])
+return {{redis.call('ZCARD', KEYS[1]), added}}
 """
 
 _Waiting = tuple[str, bytes, asyncio.Future[bytes]]
@@ -174,11 +174,19 @@ class RedisHeartbeat:
         self._client = client
         self._script = client.register_script(BEAT_SCRIPT)
         self._instance = instance
+        self._is_known = False
+        """To Redis, by the last beat."""
 
     async def beat(self) -> int:
-        return cast(int, await _within_the_timeout(self._script([REPLICAS_KEY], [self._instance])))
+        was_known, self._is_known = self._is_known, False
+        replicas, added = cast(list[int], await _within_the_timeout(self._script([REPLICAS_KEY], [self._instance])))
+        self._is_known = True
+        if was_known and added:
+            raise StoreForgotError
+        return replicas
 
     async def leave(self) -> None:
         """Say that this replica goes; if nobody hears it, its last beat ages."""
+        self._is_known = False
         with contextlib.suppress(StoreUnavailableError):
             await _within_the_timeout(self._client.zrem(REPLICAS_KEY, self._instance))

@@ -9,6 +9,8 @@ to be had. A unit admitted here counts once for each replica that Redis knew of,
 together the N of them admit no more than the limit if calls are spread evenly, and up to N times it if they are not. What is
 not kept: keys beyond `max_keys`, and what a key used through other replicas since this one saw it last.
 
+An outage that no call falls into is none, but the data may be gone: a heartbeat that Redis has forgotten is an outage, too.
+
 When Redis is back it is told, with the first call of each key, how many units are in use to this replica's knowledge, so that
 an outage (or a Redis that lost its data in it) hands out no second window either.
 """
@@ -26,7 +28,7 @@ from libs.common import telemetry
 from libs.common.clock import Clock
 from services.limiter.core import MAX_LIMIT, Decision, KeyState, KeyStates, Policy
 from services.limiter.metrics import DEGRADED_SECONDS, LimitMetrics
-from services.limiter.ports import Heartbeat, RateStore, StoreUnavailableError
+from services.limiter.ports import Heartbeat, RateStore, StoreForgotError, StoreUnavailableError
 
 log = logging.getLogger(__name__)
 
@@ -58,24 +60,24 @@ class Health:
         self._down_since = 0.0
         telemetry.STORE_UP.labels("redis").set(1)
 
-    def lost(self) -> None:
-        """The store did not answer: nobody asks it again until a heartbeat is answered."""
+    def lost(self, how: str = "does not answer") -> None:
+        """The store did not answer, or not from what it had been told: nobody asks it again until a heartbeat is answered."""
         if self.up:
             self.up = False
             self.outages += 1
             self._lost.set()
             self._down_since = self._monotonic()
             telemetry.STORE_UP.labels("redis").set(0)
-            log.warning("Redis does not answer; limits are this replica's own until it does")
+            log.warning("Redis %s; limits are this replica's own until it answers a heartbeat", how)
             self._on_change(False)
 
     async def check(self) -> None:
         """One heartbeat, and what follows from it."""
         try:
             self.replicas = max(1, await self._heartbeat.beat())
-        except StoreUnavailableError:
+        except StoreUnavailableError as error:
             self._count_outage()
-            self.lost()
+            self.lost("has lost its data" if isinstance(error, StoreForgotError) else "does not answer")
             return
         self._count_outage()
         if not self.up:

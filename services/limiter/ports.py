@@ -12,6 +12,10 @@ class StoreUnavailableError(Exception):
     """The store did not answer, or not in time. Whether it counted the call is not known."""
 
 
+class StoreForgotError(StoreUnavailableError):
+    """The store answers, and does not know what it was told: it has lost its data, between one beat and the next."""
+
+
 class RateStore(Protocol):
     """The states of all keys under one policy, shared by every replica."""
 
@@ -26,5 +30,5 @@ class Heartbeat(Protocol):
     """Where replicas make themselves known to one another."""
 
     async def beat(self) -> int:
-        """Say that this replica is there; how many are. Raises `StoreUnavailableError` within 0.1 s."""
+        """Say that this replica is there; how many are. Raises `StoreUnavailableError` within 0.1 s; `StoreForgotError`."""
         ...

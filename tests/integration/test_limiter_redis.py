@@ -326,6 +326,23 @@ async def test_nobody_asks_a_redis_that_is_known_to_be_away(own_redis: OwnRedis)
     await client.aclose()
 
 
+async def test_a_redis_that_lost_its_data_unnoticed_hands_out_no_second_window(own_redis: OwnRedis) -> None:
+    """It was restarted between two calls, or somebody has emptied it: no call failed, and all counts are gone."""
+    async with limiter(own_redis.server.url) as (one, health):
+        taken = [(await one.decide("k", (100, 10_000), 1))[0].admitted for _ in range(70)]
+        assert all(taken)
+        client = adapters.connect(own_redis.server.url)
+        await client.flushall()
+        await client.aclose()
+        async with asyncio.timeout(10):
+            while not health.outages:  # the next beats tell
+                await asyncio.sleep(0.005)
+        await until(health, True)
+        again = [(await one.decide("k", (100, 10_000), 1))[0].admitted for _ in range(100)]
+        assert sum(again) == 30
+        assert health.outages == 1
+
+
 async def test_a_killed_redis_hands_out_no_second_window_nor_does_its_return(own_redis: OwnRedis) -> None:
     async with limiter(own_redis.server.url) as (one, health):
 

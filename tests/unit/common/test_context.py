@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
+from libs.common.bus import HEADER_RESERVE_BYTES
 from libs.common.context import (
     DEADLINE_HEADER,
+    MOST_TIMINGS,
     REQUEST_ID_HEADER,
+    TIMINGS_HEADER,
     TRACEPARENT_HEADER,
     RequestContext,
     from_headers,
@@ -45,3 +50,21 @@ def test_an_invalid_traceparent_is_replaced(bad: str) -> None:
 def test_timings_that_cannot_be_read_are_left_out() -> None:
     assert parse_timings("auth=1.5,broken,limiter=x,proxy=2") == {"auth": 1.5, "proxy": 2.0}
     assert parse_timings(None) == {}
+
+
+@pytest.mark.parametrize(
+    "value", ["auth=nan", "auth=inf", "auth=-1", "auth=1e308", "=1", "au th=1", "auth\n=1", "é=1", f"{'a' * 25}=1"]
+)
+def test_timings_are_names_and_finite_numbers(value: str) -> None:
+    """They are sent on to the next stage, and shown to the caller as JSON."""
+    assert parse_timings(f"{value},limiter=2") == {"limiter": 2.0}
+
+
+def test_headers_of_any_timings_are_within_what_is_kept_free_for_them() -> None:
+    """A message whose headers are longer than that may be one that ends the connection for good."""
+    flood = ",".join(f"{'x' * 23}{letter}=999999999.999999" for letter in "abcdefghijklmnopqrstuvwxyz" * 100)
+    given = {DEADLINE_HEADER: "1", REQUEST_ID_HEADER: "x" * 128, TIMINGS_HEADER: flood}
+    context = from_headers(given)
+    assert len(context.timings) == MOST_TIMINGS
+    spent = replace(context, timings={**context.timings, "detector_proxy": 123456.789})
+    assert sum(len(name) + len(value) + 4 for name, value in spent.headers().items()) <= HEADER_RESERVE_BYTES

@@ -388,6 +388,26 @@ async def test_units_of_items_without_a_result_are_used_for_the_next_try(kit: Ki
     assert kit.backend.taken == [2]
 
 
+async def test_a_verdict_whose_storing_is_in_doubt_has_used_its_unit(kit: Kit) -> None:
+    """It may have been stored; were its unit used again, the key would have more results than its limits allow."""
+    kit.submit("a", "b")
+    kit.backend.room = 2
+    store = kit.results.store
+
+    async def stored_and_not_told(key_id: str, job_id: str, result: JobResult) -> None:
+        await store(key_id, job_id, result)
+        if result.index == 1:
+            raise AWAY
+
+    kit.results.store = stored_and_not_told  # type: ignore[method-assign]
+    with pytest.raises(PortcullisError):
+        await kit.round()
+    kit.results.store = store  # type: ignore[method-assign]
+    assert kit.runner._purse.take(KEY, 10, kit.clock.monotonic())[0] == 0
+    await kit.rounds()
+    assert kit.results.of() == {0: BENIGN, 1: BENIGN}
+
+
 @pytest.mark.parametrize("code", [ErrorCode.INVALID_CREDENTIALS, ErrorCode.FORBIDDEN])
 async def test_a_key_that_is_gone_fails_the_job_and_what_has_been_judged_is_counted(kit: Kit, code: ErrorCode) -> None:
     kit.submit("a", "b", "c", webhook_url="https://example.com", webhook_secret="s")

@@ -1,0 +1,1 @@
+"""What is fuzzed: functions of bytes, each with its seeds and with what must hold whatever the bytes are (docs/fuzzing.md)."""
