@@ -56,6 +56,12 @@ jobs *arguments: _runtime
 test *arguments: _development
     @exec {{ python }} -m pytest "$@"
 
+# The whole matrix of faults, then storms of kills, pauses and restarts: chaos -k nats
+[no-exit-message]
+chaos *arguments: _development
+    @PORTCULLIS_TEST_CHAOS=long PORTCULLIS_TEST_STORM_SECONDS="${PORTCULLIS_TEST_STORM_SECONDS:-600}" \
+        exec {{ python }} -m pytest -s tests/chaos/test_matrix.py tests/chaos/test_storms.py "$@"
+
 # Everything that is checked without running the product
 check: _development
     {{ python }} -m ruff format --check .
