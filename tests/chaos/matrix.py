@@ -216,7 +216,8 @@ def _stage(name: str, *, short: tuple[str, ...], partition: str, callers: str) -
             operator=_SUPERVISED.format(name),
         ),
         Scenario(
-            name, "hang", paused(name), 3, statuses=LATE, shows="failures", prompt=False, job=True, short="hang" in short,
+            name, "hang", paused(name), 3, statuses=LATE, shows="failures", prompt=False, job=True,
+            engine=name != "fallback_model", short="hang" in short,
             callers="504 at the caller's own deadline, for what was given to the hung process; nothing of it is done afterwards.",
             operator=f"*Replicas away* shows it: `kill -9` its process; another {shown} is started.",
         ),
@@ -383,7 +384,7 @@ SCENARIOS: tuple[Scenario, ...] = (
         operator=_SUPERVISED.format("nats"),
     ),
     Scenario(
-        "nats", "hang", paused("nats"), 3, statuses=LATE, shows="failures", prompt=False, job=True,
+        "nats", "hang", paused("nats"), 3, statuses=LATE, shows="failures", prompt=False, job=True, engine=True,
         callers="504 at the deadline; after some 6 s, when the services have given it up, 503 at once.",
         operator="[PortcullisWithoutNats](runbooks.md#portculliswithoutnats): `kill -9` its process.",
     ),
