@@ -16,7 +16,8 @@ tests a steady load of texts with known right answers runs, and this holds:
 - no wrong verdict, and no verdict of another text; every answer carries the id of its own request;
 - no answer later than 100 ms after the caller's deadline (the tests grant 400 ms more to a caller on the same two processors);
 - no status but those of the contract; every 429 and 503 says when to come back (`Retry-After`);
-- 5 s after the fault all is as before (the tests grant 2 s more, for starting a Python process on a busy machine);
+- 5 s after the fault all is as before (the tests grant 2 s more for the start of a Python process, and
+  as many times that as there are others who want each processor);
 - a job that was accepted before the fault has every one of its results afterwards (†).
 
 What is said here is of one replica of each. Of two, the other one goes on: a killed replica is not noticed by callers ([ADR

@@ -68,7 +68,8 @@ def full_disk(name: str) -> Fault:
 
 
 def off_clock(name: str, seconds: float) -> Fault:
-    return lambda rig: rig.off_clock(name, seconds)
+    """A stage whose clock is ahead by more than any deadline takes everything for late."""
+    return lambda rig: rig.off_clock(name, seconds, usable=seconds <= 0)
 
 
 @contextmanager
@@ -337,7 +338,8 @@ SCENARIOS: tuple[Scenario, ...] = (
     # --- worker ---
     *_stage(
         "fallback_model", short=("crash",), partition=_PARTITION_HELP,
-        callers=_PARTITION + " Without another worker or a primary engine; the proxy tries another worker where there is one.",
+        callers="Without a primary engine: 504, and 503 as soon as the breaker of the pool is open. Where there is another "
+        "worker, it is tried.",
     ),
     Scenario(
         "fallback_model", "overload", _quiet, 1, probes=(long_texts,), statuses=SHED | {504}, prompt=False,
@@ -477,6 +479,12 @@ SCENARIOS: tuple[Scenario, ...] = (
         operator="Make room; it goes on by itself. When its log cannot grow either, PostgreSQL stops: as for a hang.",
     ),
 )  # fmt: skip
+
+FAST = Scenario(
+    "auth", "fast clock", off_clock("auth", 3600), 2, statuses=LATE, shows="failures", prompt=False,
+    callers="", operator="",
+)  # fmt: skip
+"""The other half of `clock skew`."""
 
 LOCKED = Scenario(
     "postgres", "lock", _locked_keys, 3, probes=(unknown_keys_get_503,),

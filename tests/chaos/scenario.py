@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import statistics
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractContextManager
@@ -26,9 +27,20 @@ STEADY = 15
 """So many answers in a row that are as they should be: the fault is over."""
 START_SECONDS = 2.0
 """More than the promise for starting a Python service, which takes one second when nobody else wants the processors, and several
-when load generator, servers and other tests share two of them."""
-PROMPT_SECONDS = 0.25 + NOISE_SECONDS
-"""What cannot be answered is refused within 250 ms, and not at its deadline."""
+when load generator and servers share two of them."""
+PROMPT_SECONDS = 0.25
+"""What cannot be answered is refused within so long, and not at its deadline."""
+
+
+def crowding() -> float:
+    """How many want each processor, 1 at the least: so much longer everything takes on a machine that others use as well."""
+    return max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+
+
+def recovery_limit() -> float:
+    """The promise, and what it does not know of this machine."""
+    return RECOVERY_SECONDS + START_SECONDS * crowding()
+
 
 Fault = Callable[[Rig], AbstractContextManager[None]]
 
@@ -128,14 +140,14 @@ def _judge(rig: Rig, scenario: Scenario, load: Load, began: float, over: float) 
     load.assert_invariants(lost_connections=0 in scenario.statuses)
     assert set(load.statuses()) <= scenario.statuses, load.summary()
     if scenario.prompt:
-        slow = [seen for seen in load.seen if seen.status == 503 and seen.latency > PROMPT_SECONDS]
+        slow = [seen for seen in load.seen if seen.status == 503 and seen.latency > PROMPT_SECONDS + NOISE_SECONDS * crowding()]
         # Of many, one may have met a processor that others had just then.
         assert len(slow) <= max(1, len(load.seen) // 50), (load.summary(), slow)
     if scenario.shows == "failures":
         assert any(seen.status != 200 for seen in load.since(began - 1)), "nothing was seen of the fault"
     recovery = max((seen.at - over for seen in load.seen if not _well(seen)), default=0.0)
     report = Report(max(0.0, recovery), _median(load, 0.0, began), _median(load, began, max(over, began + 1)), load.summary())
-    assert recovery <= RECOVERY_SECONDS + START_SECONDS, report
+    assert recovery <= recovery_limit(), report
     assert scenario.shows != "slower" or report.during_ms > report.before_ms, report
     if rig.with_engine:
         late = [at - load.deadlines[text] for at, text in rig.engine.asked if at > load.deadlines.get(text, at) + LATE_SECONDS]
