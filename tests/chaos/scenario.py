@@ -110,7 +110,7 @@ async def play(rig: Rig, scenario: Scenario) -> Report:
     await asyncio.to_thread(rig.use_engine, scenario.engine)
     rig.engine.asked.clear()
     async with callers(rig.stack) as session:
-        await _healthy(session)
+        await _healthy(rig, session)
         key = await _limited_key(session)
         job = await _Job.submit(rig, session) if scenario.job else None
         load = Load(session, rig.stack.key, RATE, scenario.deadline_seconds, distinct=None if scenario.engine else DISTINCT)
@@ -128,7 +128,7 @@ async def play(rig: Rig, scenario: Scenario) -> Report:
                 over = load.now if scenario.seconds else began
                 await asyncio.to_thread(fault.__exit__, None, None, None)
             await _steady(load, load.now if scenario.seconds else began, 30)
-        await _healthy(session)
+        await _healthy(rig, session)
         for probe in scenario.afterwards:
             await probe(during)
         if job is not None:
@@ -185,10 +185,12 @@ async def submit(session: aiohttp.ClientSession, key: str, items: int) -> int:
         return response.status
 
 
-async def _healthy(session: aiohttp.ClientSession) -> None:
+async def _healthy(rig: Rig, session: aiohttp.ClientSession) -> None:
     """Until everything says that it is as it should be: the stores, the engine and its breaker, every service."""
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         while await _health(session, "status") != "healthy":
+            # A breaker that is half open waits for a call.
+            await ask(session, rig.stack.key)
             await asyncio.sleep(0.1)
 
 
