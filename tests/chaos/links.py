@@ -107,6 +107,9 @@ class Link:
             await asyncio.gather(self._pump(reader, far_writer), self._pump(far_reader, writer))
         except (OSError, asyncio.CancelledError):
             pass  # whichever end goes away takes the other with it
+        except ExceptionGroup as group:
+            if group.split(OSError)[1] is not None:
+                raise
         finally:
             ends.task = None
             ends.drop()
