@@ -67,9 +67,9 @@ def full_disk(name: str) -> Fault:
     return lambda rig: rig.full_disk(name)
 
 
-def off_clock(name: str, seconds: float) -> Fault:
-    """A stage whose clock is ahead by more than any deadline takes everything for late."""
-    return lambda rig: rig.off_clock(name, seconds, usable=seconds <= 0)
+def off_clock(name: str, seconds: float, *, usable: bool) -> Fault:
+    """`usable`: whether detections are answered with a verdict all the same."""
+    return lambda rig: rig.off_clock(name, seconds, usable=usable)
 
 
 @contextmanager
@@ -253,7 +253,7 @@ _CLOCK = (
 def _clock(name: str) -> list[Scenario]:
     return [
         Scenario(
-            name, "clock skew", off_clock(name, -3600), 2, statuses=REFUSED, probes=(the_limit_holds,),
+            name, "clock skew", off_clock(name, -3600, usable=True), 2, statuses=REFUSED, probes=(the_limit_holds,),
             callers="A clock that is slow: nothing, but that this stage drops nothing that is late. "
             "One that is fast by more than the deadline: 504 for everything, since the stage takes it for late.",
             operator=_CLOCK,
@@ -301,7 +301,7 @@ SCENARIOS: tuple[Scenario, ...] = (
         operator="Make room. The same holds for every service.",
     ),
     Scenario(
-        "edge", "clock skew", off_clock("edge", -1), 2, statuses=LATE, prompt=False, deadline_seconds=10,
+        "edge", "clock skew", off_clock("edge", -1, usable=True), 2, statuses=LATE, prompt=False, deadline_seconds=10,
         callers="The edge sets the deadlines: a clock that is slow by more than a deadline gives 504 for everything.",
         operator=_CLOCK,
     ),
@@ -334,7 +334,13 @@ SCENARIOS: tuple[Scenario, ...] = (
         callers="429 or 503 with `Retry-After` for what cannot be judged in time.",
         operator="[PortcullisModelSaturated](runbooks.md#portcullismodelsaturated).",
     ),
-    *_clock("detector_proxy"),
+    Scenario(
+        "detector_proxy", "clock skew", off_clock("detector_proxy", -3600, usable=False), 2,
+        statuses=LATE, shows="failures", prompt=False,
+        callers="503, and never a guess: it tells workers by its own clock until when it waits, so they take a text from a slow "
+        "clock for late; and with a fast one it takes everything for late itself.",
+        operator=_CLOCK,
+    ),
     # --- worker ---
     *_stage(
         "fallback_model", short=("crash",), partition=_PARTITION_HELP,
@@ -481,7 +487,7 @@ SCENARIOS: tuple[Scenario, ...] = (
 )  # fmt: skip
 
 FAST = Scenario(
-    "auth", "fast clock", off_clock("auth", 3600), 2, statuses=LATE, shows="failures", prompt=False,
+    "auth", "fast clock", off_clock("auth", 3600, usable=False), 2, statuses=LATE, shows="failures", prompt=False,
     callers="", operator="",
 )  # fmt: skip
 """The other half of `clock skew`."""

@@ -55,7 +55,7 @@ class Rig:
         self.primary = self.links.to(self.engine.port)
         with ThreadPoolExecutor(len(SERVICES)) as pool:
             list(pool.map(self.stack.end, SERVICES))
-        wait_for_detection(self.stack, 60)
+        wait_for_detection(self.stack, 180)
 
     def _lead(self, service: str, variable: str) -> Link:
         url = urlsplit(self.stack.environment_of(service)[variable])
@@ -74,7 +74,7 @@ class Rig:
         self.stack.set_environment("detector_proxy", **changes)
         self.stack.end("detector_proxy")
         self.with_engine = wanted
-        wait_for_detection(self.stack, 60)
+        wait_for_detection(self.stack, 180)
 
     def close(self) -> None:
         self.links.close()
@@ -104,7 +104,7 @@ class Rig:
         self.stack.set_environment(service, **names)
         self.stack.end(service)
         if usable:
-            wait_for_detection(self.stack, 60)
+            wait_for_detection(self.stack, 180)
         try:
             yield
         finally:
@@ -175,7 +175,7 @@ class Rig:
             for path in (disk / "data", *(disk / "data").rglob("*")):
                 shutil.chown(path, "nobody")
             data.symlink_to(disk / "data")
-        wait_for_detection(self.stack, 60)
+        wait_for_detection(self.stack, 180)
 
 
 def disk_of(home: Path, name: str) -> Path:
