@@ -61,6 +61,12 @@ test *arguments: _development
 fuzz *arguments: _development
     @exec {{ python }} -m tests.fuzz "$@"
 
+# The whole matrix of faults, then storms of kills, pauses and restarts: chaos -k nats
+[no-exit-message]
+chaos *arguments: _development
+    @PORTCULLIS_TEST_CHAOS=long PORTCULLIS_TEST_STORM_SECONDS="${PORTCULLIS_TEST_STORM_SECONDS:-600}" \
+        exec {{ python }} -m pytest -s tests/chaos/test_matrix.py tests/chaos/test_storms.py "$@"
+
 # Everything that is checked without running the product
 check: _development
     {{ python }} -m ruff format --check .

@@ -24,15 +24,21 @@ ROOMY = {
 
 @contextmanager
 def running_stack(**fields: object) -> Iterator[Stack]:
-    with tempfile.TemporaryDirectory(prefix="pc-") as home:
-        stack = Stack(home=Path(home), **fields)  # type: ignore[arg-type]
-        try:
-            stack.up()
-            with ThreadPoolExecutor(1) as pool:  # a test's own event loop may be running in this thread
-                stack.key = pool.submit(lambda: asyncio.run(_key(stack))).result()
-            yield stack
-        finally:
-            stack.run("down", check=False)
+    with tempfile.TemporaryDirectory(prefix="pc-") as home, stack_in(Path(home), **fields) as stack:
+        yield stack
+
+
+@contextmanager
+def stack_in(home: Path, **fields: object) -> Iterator[Stack]:
+    """A stack in a folder that is there already, perhaps with disks of its own."""
+    stack = Stack(home=home, **fields)  # type: ignore[arg-type]
+    try:
+        stack.up()
+        with ThreadPoolExecutor(1) as pool:  # a test's own event loop may be running in this thread
+            stack.key = pool.submit(lambda: asyncio.run(_key(stack))).result()
+        yield stack
+    finally:
+        stack.run("down", check=False)
 
 
 async def _key(stack: Stack) -> str:

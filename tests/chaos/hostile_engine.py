@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 NAME = "hostile-engine"
@@ -17,7 +18,7 @@ VERDICT = {
     "endpoint": NAME,
 }
 
-MODES = ("hang", "die", "status_500", "garbage", "nan", "missing_field", "redirect", "huge", "drip", "refuse")
+MODES = ("hang", "die", "status_500", "garbage", "nan", "missing_field", "redirect", "huge", "drip", "busy", "refuse")
 """Everything that is a failure. `ok` is the other one. `refuse`: closes each connection at once."""
 
 
@@ -27,7 +28,11 @@ def _http(status: str, body: bytes, extra: str = "") -> bytes:
 
 
 class HostileEngine:
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, judge: Callable[[str], dict[str, object]] = lambda _: VERDICT) -> None:
+        """`judge`: the verdict on a text, when all is well."""
+        self.judge = judge
+        self.asked: list[tuple[float, str]] = []
+        """When (epoch seconds) it was asked to judge what."""
         self.url = f"http://127.0.0.1:{port}"
         self.port = port
         self.mode = "ok"
@@ -54,7 +59,7 @@ class HostileEngine:
         if self.mode == "refuse":  # told so while the connection was kept
             return False
         length = next((int(line[15:]) for line in head.split("\r\n") if line.startswith("content-length:")), 0)
-        await reader.readexactly(length)
+        body = await reader.readexactly(length)
         if head.startswith("get "):
             healthy = self.mode == "ok"
             writer.write(_http("200 OK" if healthy else "503 Service Unavailable", b'{"status":"x"}'))
@@ -62,6 +67,8 @@ class HostileEngine:
             return True
         self.detections += 1
         self.head = head
+        text = str(json.loads(body)["text"])
+        self.asked.append((time.time(), text))
         match self.mode:
             case "hang":
                 await reader.read()  # until the caller gives up
@@ -72,6 +79,8 @@ class HostileEngine:
                 return False
             case "status_500":
                 writer.write(_http("500 Internal Server Error", b'{"error":"boom","details":""}'))
+            case "busy":
+                writer.write(_http("503 Service Unavailable", b'{"error":"busy","details":"","retry_after":1}'))
             case "garbage":
                 writer.write(_http("200 OK", b"\xff\xfe<html>not json"))
             case "nan":
@@ -91,14 +100,16 @@ class HostileEngine:
                     await writer.drain()
                     await asyncio.sleep(1)
             case _:
-                writer.write(_http("200 OK", json.dumps(VERDICT).encode()))
+                writer.write(_http("200 OK", json.dumps(self.judge(text)).encode()))
         await writer.drain()
         return True
 
 
 @asynccontextmanager
-async def hostile_engine(port: int) -> AsyncIterator[HostileEngine]:
-    engine = HostileEngine(port)
+async def hostile_engine(
+    port: int, judge: Callable[[str], dict[str, object]] = lambda _: VERDICT
+) -> AsyncIterator[HostileEngine]:
+    engine = HostileEngine(port, judge)
     server = await asyncio.start_server(engine.handle, "127.0.0.1", port)
     try:
         yield engine

@@ -17,11 +17,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import pytest
 
 from tests.chaos.conftest import ROOMY, running_stack
-from tests.chaos.kit import Stack, callers, wait_for_detection
+from tests.chaos.kit import Caller, Stack, callers, wait_for_detection
 
 ITEMS = int(os.environ.get("PORTCULLIS_TEST_JOB_ITEMS", "600"))
 TEXTS = os.environ.get("PORTCULLIS_TEST_JOB_TEXTS")
@@ -98,64 +97,6 @@ def victims() -> Iterator[Stack]:
         yield stack
 
 
-class Caller:
-    """Somebody who does not give up: what fails in a way that the contract allows is tried again."""
-
-    def __init__(self, session: aiohttp.ClientSession, key: str) -> None:
-        self._session = session
-        self._headers = {"X-API-Key": key}
-        self.failures: Counter[object] = Counter()
-
-    async def insist(self, method: str, path: str, **arguments: Any) -> tuple[int, bytes]:
-        headers = {**self._headers, **arguments.pop("headers", {})}
-        while True:
-            try:
-                async with self._session.request(method, path, headers=headers, **arguments) as response:
-                    body = await response.read()
-                    if response.status < 400:
-                        return response.status, body
-                    # 401 would say that the key is unknown, which a database that is away must not do.
-                    assert response.status in (429, 503, 504), (response.status, body)
-                    self.failures[response.status] += 1
-            except (aiohttp.ClientError, TimeoutError) as error:
-                self.failures[type(error).__name__] += 1
-            await asyncio.sleep(0.2)
-
-    async def submit(self, lines: bytes, idempotency_key: str) -> str:
-        headers = {
-            "Content-Type": "application/x-ndjson",
-            "Prefer": "respond-async",
-            "Idempotency-Key": idempotency_key,
-        }
-        status, body = await self.insist("POST", "/v1/detect/batch", data=lines, headers=headers)
-        assert status == 202
-        return str(json.loads(body)["id"])
-
-    async def wait(self, job_id: str) -> dict[str, Any]:
-        job: dict[str, Any] = {}
-        try:
-            async with asyncio.timeout(PATIENCE_SECONDS + ITEMS * SECONDS_PER_ITEM):
-                while job.get("state") not in ("done", "failed", "cancelled"):
-                    await asyncio.sleep(0.25)
-                    _, body = await self.insist("GET", f"/v1/jobs/{job_id}")
-                    job = json.loads(body)
-        except TimeoutError:
-            pytest.fail(f"not over: {job}; the caller saw {dict(self.failures)}")
-        return job
-
-    async def results(self, job_id: str) -> list[dict[str, Any]]:
-        """Page after page, each from where the one before ended."""
-        found: list[dict[str, Any]] = []
-        cursor = "0"
-        while True:
-            _, body = await self.insist("GET", f"/v1/jobs/{job_id}/results", params={"after": cursor, "limit": "500"})
-            page = [json.loads(line) for line in body.splitlines()]
-            if not page:
-                return found
-            found += page
-            cursor = page[-1]["cursor"]
-
-
 async def kill_at_random(stack: Stack, killed: Counter[str], stop: asyncio.Event) -> None:
     rng = random.Random(11)
     while not stop.is_set():
@@ -178,7 +119,7 @@ async def test_one_result_for_each_item_whatever_is_killed(victims: Stack) -> No
     lines = b"".join(json.dumps({"id": f"item-{place}", "text": text}).encode() + b"\n" for place, text in enumerate(given))
     wait_for_detection(victims, 60)
     async with callers(victims) as session:
-        caller = Caller(session, victims.key)
+        caller = Caller(session, victims.key, patience_seconds=PATIENCE_SECONDS + ITEMS * SECONDS_PER_ITEM)
         began = time.monotonic()
         quiet_id = await caller.submit(lines, "quiet")
         assert (await caller.wait(quiet_id))["state"] == "done"

@@ -1,0 +1,59 @@
+"""docs/operations/faults.md, made from the matrix: `python -m tests.chaos.faults_page` writes it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.chaos.matrix import CELLS, COMPONENTS, FAULTS, NAMES, NOT_SENSIBLE
+
+PAGE = Path(__file__).parents[2] / "docs" / "operations" / "faults.md"
+
+HEAD = """# What breaks, and what happens then
+
+Every component by every fault: what callers see, what whoever operates it does, and the test that shows it. In every one of these
+tests a steady load of texts with known right answers runs, and this holds:
+
+- no wrong verdict, and no verdict of another text; every answer carries the id of its own request;
+- no answer later than 100 ms after the caller's deadline (the tests grant 400 ms more to a caller on the same two processors);
+- no status but those of the contract; every 429 and 503 says when to come back (`Retry-After`);
+- 5 s after the fault all is as before (the tests grant 2 s more for the start of a Python process, and
+  as many times that as there are others who want each processor);
+- a job that was accepted before the fault has every one of its results afterwards (†).
+
+What is said here is of one replica of each. Of two, the other one goes on: a killed replica is not noticed by callers ([ADR
+2](../adr/0002-a-request-is-sent-again-when-a-stage-dies.md)), and a hung one only by those whose requests it had.
+
+Tests in *italics* run by `./run chaos` alone, which plays the whole matrix and then the storms (two replicas of each service, a
+random one killed, or paused for 3 s, every 5 s; a rolling restart of everything; PostgreSQL away for longer than keys are
+believed; NATS restarted). They are scenarios of `tests/chaos/matrix.py`: `./run chaos -k nats-partition`.
+
+<!-- Made from tests/chaos/matrix.py by `python -m tests.chaos.faults_page`; do not edit. -->
+"""
+
+TAIL = """
+## Not tried
+
+| component | fault | why |
+|---|---|---|
+"""
+
+
+def render() -> str:
+    parts = [HEAD]
+    for component in COMPONENTS:
+        name = NAMES.get(component, component)
+        parts.append(f"\n## {name}\n\n| fault | callers see | do | test |\n|---|---|---|---|\n")
+        for fault in FAULTS:
+            scenario = CELLS.get((component, fault))
+            if scenario is None:
+                continue
+            test = f"`{scenario.name}`"
+            test = test if scenario.short else f"*{test}*"
+            parts.append(f"| {fault} | {scenario.callers} | {scenario.operator} | {test}{' †' if scenario.job else ''} |\n")
+    parts.append(TAIL)
+    parts += [f"| {NAMES.get(component, component)} | {fault} | {why} |\n" for (component, fault), why in NOT_SENSIBLE.items()]
+    return "".join(parts)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(render())

@@ -1,0 +1,60 @@
+"""The kit sees what it is there to see: each invariant, broken once."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import aiohttp
+import pytest
+
+from tests.chaos.hostile_engine import NAME
+from tests.chaos.kit import LATE_SECONDS, NOISE_SECONDS, Load, Seen
+from tests.chaos.questions import DISTINCT, engines_verdict, is_right, question, released
+
+WELL = {"at": 0.0, "status": 200, "latency": 0.1, "correct": True, "degraded": False}
+
+
+def _load(**seen: Any) -> Load:
+    load = Load(cast("aiohttp.ClientSession", None), "key", 20.0, timeout_seconds=2.0)
+    load.seen.append(Seen(**(WELL | seen)))
+    return load
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"correct": False},
+        {"own": False},
+        {"status": 500},
+        {"status": 0, "error": "ServerDisconnectedError"},
+        {"status": 503, "retry_after": False},
+        {"latency": 2.0 + LATE_SECONDS + NOISE_SECONDS + 0.01},
+        {"status": 504, "latency": 2.0 + LATE_SECONDS + NOISE_SECONDS + 0.01},
+    ],
+    ids=str,
+)
+def test_a_broken_invariant_is_seen(broken: dict[str, Any]) -> None:
+    with pytest.raises(AssertionError):
+        _load(**broken).assert_invariants()
+
+
+def test_what_is_well_is_well() -> None:
+    _load().assert_invariants()
+    _load(status=503).assert_invariants()
+    _load(status=0, error="ServerDisconnectedError").assert_invariants(lost_connections=True)
+
+
+def test_no_answer_at_all_is_late_even_where_connections_may_be_lost() -> None:
+    with pytest.raises(AssertionError):
+        _load(status=0, error="TimeoutError()", latency=30.0).assert_invariants(lost_connections=True)
+
+
+def test_the_answer_to_another_text_is_not_right() -> None:
+    """Each text of the load has a confidence of its own, of the pool and of the primary engine."""
+    for number in range(DISTINCT):
+        asked, other = question(number), question((number + 6) % DISTINCT)
+        for endpoint, of in (("pool", released()), (NAME, None)):
+            for text, right in ((asked.text, True), (other.text, False)):
+                confidence = of[text] if of is not None else engines_verdict(text)["confidence"]
+                body = {"is_malicious": asked.malicious, "confidence": confidence, "endpoint": endpoint}
+                assert is_right(asked, body) is right, (asked, text)
