@@ -105,13 +105,15 @@ class Detector(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
         """Both inputs are int64 [rows, tokens]. Returns logits: [rows] for malicious and [rows, threats]."""
+        pooled = self.dropout(self.pool(input_ids, attention_mask))
+        return self.malicious(pooled)[:, 0], self.threats(pooled)
+
+    def pool(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """What the heads see: [rows, 3 x width]."""
         keep = attention_mask.to(torch.float32)
         hidden = self.encode(input_ids, keep)
-        weight = keep[:, :, None]
-        mean = mean_of(hidden, keep)
-        peak = (hidden + (weight - 1.0) * 1e4).amax(1)
-        pooled = self.dropout(torch.cat([hidden[:, 0], mean, peak], dim=1))
-        return self.malicious(pooled)[:, 0], self.threats(pooled)
+        peak = (hidden + (keep[:, :, None] - 1.0) * 1e4).amax(1)
+        return torch.cat([hidden[:, 0], mean_of(hidden, keep), peak], dim=1)
 
 
 def load_base(path: Path, threats: int, dropout: float) -> Detector:

@@ -77,6 +77,7 @@ class Row:
     threat: str | None
     lang: str
     foreign: bool = False
+    spelt: bool = False
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,11 @@ class Localiser:
 
 
 def spelt(row: Row) -> Row:
-    return row if row.text.isascii() else replace(row, text=spell(row.text), foreign=_is_foreign(row.text))
+    """As the network will see it. An attack in look-alikes is spelt like any other then: an injection, whatever it was called."""
+    if row.text.isascii():
+        return row
+    threat = "injection" if row.threat == "encoding_attack" else row.threat
+    return replace(row, text=spell(row.text), threat=threat, foreign=_is_foreign(row.text), spelt=True)
 
 
 def _is_foreign(text: str) -> bool:
@@ -249,6 +254,18 @@ class Sampler:
             self._sentences[id(row)] = self.localiser.position(row.text)
         return self._sentences[id(row)]
 
+    def typed(self, count: int) -> list[Sample]:
+        """Attacks whose threat type is known: `count` as they are drawn, those of the grammar, and often those that were spelt
+        plain, since the encoder may take them for encoded."""
+        drawn = itertools.islice((one for one in self.stream() if one.threat >= 0 and one.threat_weight > 0), count)
+        grammar = [phrases.attack(self.rng) for _ in range(count // 6)]
+        plain = [row for row in self.rows if row.spelt and row.threat == "injection" and row.source == "synth_encoding"]
+        return [
+            *drawn,
+            *(Sample(text, 1.0, THREATS.index(kind), threat_weight=0.6) for text, kind in grammar),
+            *(Sample(self._cut(row), 1.0, THREATS.index("injection")) for row in plain for _ in range(4)),
+        ]
+
     def _pick(self, label: int) -> Row:
         _, found = self.rng.choices(self.groups[label], self.weights[label])[0]
         return self.rng.choice(found)
@@ -256,7 +273,7 @@ class Sampler:
     def _real_attack(self) -> list[Sample]:
         row = self._pick(1)
         noisy = row.source in NOISY
-        threat = THREATS.index(row.threat) if row.threat else -1
+        threat = THREATS.index(row.threat) if row.threat and not noisy else -1
         text = self._cut(row)
         if self.rng.random() < 0.9:
             text = damage(text, self.rng)

@@ -25,11 +25,15 @@ from services.fallback_model.labels import THREATS
 from services.fallback_model.training import check, parallel, vocabulary, written
 from services.fallback_model.training.align import Pair, align
 from services.fallback_model.training.feed import Tokens, feed, grouped, padded
+from services.fallback_model.training.heads import refit_threats
 from services.fallback_model.training.locate import positions
 from services.fallback_model.training.network import Detector, load_base, load_release
 from services.fallback_model.training.samples import FOLDS, Row, Sample, Sampler, read_rows
 from services.fallback_model.training.schedule import Progress, autocast, optimizer_of, step
 from services.fallback_model.training.tokens import bare_tokenizer
+
+_TYPED = 14_000
+"""Attacks that the head of the threat types is fitted on, and a few thousand more."""
 
 
 @dataclass(frozen=True)
@@ -260,6 +264,7 @@ def train(
     with torch.no_grad():
         for ours, theirs in zip(student.parameters(), further.parameters(), strict=True):
             ours.lerp_(theirs, plan.further_share)
+    refit_threats(student, sampler.seeded(plan.seed + 20).typed(_TYPED), tokenizer, plan.max_tokens - 2)
     _save(student, out / "weights.pt")
     check.show("released", student, sets)
     return out / "weights.pt"
