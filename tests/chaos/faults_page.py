@@ -20,6 +20,15 @@ tests a steady load of texts with known right answers runs, and this holds:
   as many times that as there are others who want each processor);
 - a job that was accepted before the fault has every one of its results afterwards (†).
 
+While answers come at the deadline only, some callers get 429 `overloaded` at once instead: what waits takes the room.
+
+The tests of the ordinary run pass in every run. Of those of `./run chaos` alone, 37 of 45 passed when they were last run as a
+whole, on a machine that was busy with other things; the others failed by starting too slowly, or have not been played since
+they were changed: `nats-disk_full` with a job, `postgres-disk_full`, `postgres-slow`, the clocks of the edge, the proxy, the
+worker and the fast one of auth, and hangs of auth, limiter, proxy and NATS with an engine in front. A storm of kills, one every
+5 s, gave 6.4 % of 503 there where 1 % is what we aim at, and a rolling restart many failures; storms of pauses, PostgreSQL
+away for longer than keys are believed, and NATS restarted passed.
+
 What is said here is of one replica of each. Of two, the other one goes on: a killed replica is not noticed by callers ([ADR
 2](../adr/0002-a-request-is-sent-again-when-a-stage-dies.md)), and a hung one only by those whose requests it had.
 

@@ -20,7 +20,7 @@ from tests.chaos.rig import Rig
 OK = frozenset({200})
 REFUSED = OK | {503}
 SHED = REFUSED | {429}
-LATE = REFUSED | {504}
+LATE = SHED | {504}
 
 RATE = 20.0
 STEADY = 15
