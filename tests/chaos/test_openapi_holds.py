@@ -15,20 +15,15 @@ from hypothesis.errors import Unsatisfiable
 from schemathesis import Case, GenerationMode
 from schemathesis.specs.openapi.checks import negative_data_rejection, positive_data_acceptance
 
-from tests.chaos.kit import Stack, callers, register, wait_for_detection
+from tests.chaos.kit import Stack, unlimited_key, wait_for_detection
 
 # What a name or a date may be is finer than the schema says, and 70.0 is an integer to JSON Schema only.
 LEFT_OUT: list[Any] = [negative_data_rejection, positive_data_acceptance]
 
 
-async def _new_key(stack: Stack) -> str:
-    async with callers(stack) as session:
-        return await register(session, rate_limit_per_minute=1_000_000, rate_limit_per_day=1_000_000_000)
-
-
 def test_every_status_is_documented_and_none_is_a_failure(stack: Stack) -> None:
     wait_for_detection(stack, 30)
-    headers = {"X-API-Key": asyncio.run(_new_key(stack)), "X-Admin-Token": stack.secret("PORTCULLIS_ADMIN_TOKEN")}
+    headers = {"X-API-Key": asyncio.run(unlimited_key(stack)), "X-Admin-Token": stack.secret("PORTCULLIS_ADMIN_TOKEN")}
     seen: Counter[int] = Counter()
 
     def call(case: Case[Any]) -> None:
@@ -36,7 +31,7 @@ def test_every_status_is_documented_and_none_is_a_failure(stack: Stack) -> None:
         seen[response.status_code] += 1
         assert response.status_code < 500
         if (case.method, case.path) in {("DELETE", "/auth/key"), ("POST", "/auth/rotate")} and response.status_code < 300:
-            headers["X-API-Key"] = asyncio.run(_new_key(stack))  # the old one has been used up
+            headers["X-API-Key"] = asyncio.run(unlimited_key(stack))  # the old one has been used up
 
     schema = schemathesis.openapi.from_url(f"{stack.url}/openapi.json")
     operations: list[Any] = [result.ok() for result in schema.get_all_operations()]  # type: ignore[union-attr]  # Err raises

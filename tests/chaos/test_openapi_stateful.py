@@ -22,7 +22,7 @@ from schemathesis.specs.openapi.checks import (
     use_after_free,
 )
 
-from tests.chaos.kit import CONTRACT_STATUSES, Stack, callers, register, wait_for_detection
+from tests.chaos.kit import CONTRACT_STATUSES, Stack, unlimited_key, wait_for_detection
 from tests.fuzz.budget import SHORT, examples
 
 # What a name or a date may be is finer than the schema says. A job is there before its submission is complete, and after it was
@@ -39,14 +39,9 @@ APART = {"/auth/key", "/auth/rotate", "/auth/register"}
 MOST_RETRY_SECONDS = 20
 
 
-async def _new_key(stack: Stack) -> str:
-    async with callers(stack) as session:
-        return await register(session, rate_limit_per_minute=1_000_000, rate_limit_per_day=1_000_000_000)
-
-
 def test_calls_that_follow_from_one_another_are_answered_as_described(stack: Stack) -> None:
     wait_for_detection(stack, 30)
-    headers = {"X-API-Key": asyncio.run(_new_key(stack)), "X-Admin-Token": stack.secret("PORTCULLIS_ADMIN_TOKEN")}
+    headers = {"X-API-Key": asyncio.run(unlimited_key(stack)), "X-Admin-Token": stack.secret("PORTCULLIS_ADMIN_TOKEN")}
     schema = schemathesis.openapi.from_url(f"{stack.url}/openapi.json").exclude(path=sorted(APART))
     seen: Counter[tuple[str, int]] = Counter()
 

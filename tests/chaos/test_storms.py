@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import random
 import signal
@@ -17,6 +18,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import pytest
@@ -68,6 +70,19 @@ async def _whole(rig: Rig) -> None:
         while not await asyncio.to_thread(counted):
             await asyncio.sleep(0.1)
     await asyncio.to_thread(wait_for_detection, rig.stack, 60)
+
+
+@contextlib.asynccontextmanager
+async def _under_load(rig: Rig, *, engine: bool, **load: Any) -> AsyncIterator[Load]:
+    """A whole fleet, and a load on it that has had its first answers; it ends with the block. `load`: as of `Load`."""
+    await asyncio.to_thread(rig.use_engine, engine)
+    await _whole(rig)
+    rig.engine.asked.clear()
+    async with callers(rig.stack) as session:
+        running = Load(session, rig.stack.key, RATE, **load)
+        async with running.running():
+            await running.answered(50)
+            yield running
 
 
 Harm = Callable[[Rig, random.Random], Awaitable[str]]
@@ -177,17 +192,12 @@ async def test_a_random_service_is_paused_all_the_time(fleet: Rig) -> None:
 
 
 async def test_everything_is_restarted_one_after_the_other_and_nobody_notices(fleet: Rig) -> None:
-    await asyncio.to_thread(fleet.use_engine, False)
-    await _whole(fleet)
-    async with callers(fleet.stack) as session:
-        load = Load(session, fleet.stack.key, RATE)
-        async with load.running():
-            await load.answered(50)
-            for name in (*SERVICES, "jobs", "redis", "postgres"):
-                for pid in await asyncio.to_thread(fleet.stack.pids, name):
-                    fleet.stack.signal(pid, signal.SIGINT if name == "postgres" else signal.SIGTERM)
-                    await _replaced(fleet, name, pid)
-                    await load.answered(50)
+    async with _under_load(fleet, engine=False) as load:
+        for name in (*SERVICES, "jobs", "redis", "postgres"):
+            for pid in await asyncio.to_thread(fleet.stack.pids, name):
+                fleet.stack.signal(pid, signal.SIGINT if name == "postgres" else signal.SIGTERM)
+                await _replaced(fleet, name, pid)
+                await load.answered(50)
     print(f"\n{load.summary()}")
     load.assert_invariants()
     assert set(load.statuses()) == {200}, load.summary()
@@ -222,25 +232,20 @@ async def _status(session: aiohttp.ClientSession, key: str) -> int:
 
 
 async def test_the_database_is_away_for_20_seconds_and_then_for_longer_than_keys_are_believed(fleet: Rig) -> None:
-    await asyncio.to_thread(fleet.use_engine, False)
-    await _whole(fleet)
-    async with callers(fleet.stack) as session:
-        load = Load(session, fleet.stack.key, RATE)
-        async with load.running():
-            await load.answered(50)
-            with fleet.cut("postgres"):
-                began = time.monotonic()
-                while time.monotonic() - began < 20:
-                    assert await _status(session, keys.generate()) == 503
-                    await asyncio.sleep(0.5)
-                within = load.now
-                async with asyncio.timeout(40):
-                    while not (recent := load.since(load.now - 1)) or any(seen.status != 503 for seen in recent):
-                        await asyncio.sleep(0.1)
-                refused_after = time.monotonic() - began
-                over = load.now
-            await asyncio.to_thread(wait_for_detection, fleet.stack, 30)
-            await load.answered(50)
+    async with _under_load(fleet, engine=False) as load:
+        with fleet.cut("postgres"):
+            began = time.monotonic()
+            while time.monotonic() - began < 20:
+                assert await _status(load.session, keys.generate()) == 503
+                await asyncio.sleep(0.5)
+            within = load.now
+            async with asyncio.timeout(40):
+                while not (recent := load.since(load.now - 1)) or any(seen.status != 503 for seen in recent):
+                    await asyncio.sleep(0.1)
+            refused_after = time.monotonic() - began
+            over = load.now
+        await asyncio.to_thread(wait_for_detection, fleet.stack, 30)
+        await load.answered(50)
     print(f"\n{load.summary()}; a known key was refused after {refused_after:.1f} s")
     load.assert_invariants()
     assert all(seen.status == 200 for seen in load.seen if seen.at < within), load.summary()
@@ -251,19 +256,13 @@ async def test_the_database_is_away_for_20_seconds_and_then_for_longer_than_keys
 
 
 async def test_nats_is_restarted_and_nothing_is_executed_late(fleet: Rig) -> None:
-    await asyncio.to_thread(fleet.use_engine, True)
-    await _whole(fleet)
-    fleet.engine.asked.clear()
-    async with callers(fleet.stack) as session:
-        load = Load(session, fleet.stack.key, RATE, timeout_seconds=2.0, distinct=None)
-        async with load.running():
-            await load.answered(50)
-            moments = []
-            for number in (signal.SIGTERM, signal.SIGKILL):
-                moments.append((load.now, "nats"))
-                await asyncio.to_thread(fleet.stack.end, "nats", number)
-                await asyncio.to_thread(wait_for_detection, fleet.stack, 30)
-                await load.answered(100)
+    moments = []
+    async with _under_load(fleet, engine=True, timeout_seconds=2.0, distinct=None) as load:
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            moments.append((load.now, "nats"))
+            await asyncio.to_thread(fleet.stack.end, "nats", number)
+            await asyncio.to_thread(wait_for_detection, fleet.stack, 30)
+            await load.answered(100)
     recovery = max(seconds for _, _, seconds in Storm(load, moments).recoveries())
     print(f"\n{load.summary()}; recovered after {recovery:.1f} s")
     load.assert_invariants()

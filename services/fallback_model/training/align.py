@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 from tokenizers import Tokenizer
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from services.fallback_model.characters import spell
@@ -140,7 +140,6 @@ def found(model: Detector, pairs: list[Pair], tokenizer: Tokenizer) -> dict[str,
     return shares
 
 
-def _sentences(model: nn.Module, texts: list[str], tokenizer: Tokenizer, device: torch.device) -> Tensor:
-    assert isinstance(model, Detector)
+def _sentences(model: Detector, texts: list[str], tokenizer: Tokenizer, device: torch.device) -> Tensor:
     ids = [encoding.ids for encoding in tokenizer.encode_batch(texts, add_special_tokens=False)]
     return torch.cat([_means(model, padded(ids[at : at + 64], _ROOM).to(device)).float() for at in range(0, len(ids), 64)])

@@ -14,7 +14,7 @@ import torch
 from tokenizers import Tokenizer
 
 from services.fallback_model.training.network import Detector
-from services.fallback_model.training.samples import Row, spelt
+from services.fallback_model.training.rows import SpeltRow
 from services.fallback_model.training.schedule import autocast
 from services.fallback_model.training.tokens import CLS, SEP
 
@@ -25,11 +25,8 @@ Window = tuple[str, int, list[int]]
 """A text, the character at which its window begins, and the window's ids."""
 
 
-def positions(model: Detector, rows: list[Row], tokenizer: Tokenizer, max_tokens: int) -> dict[str, int]:
-    """For each text of more than one window: the character at which its most suspicious window begins.
-
-    Texts are spelt as `Sampler` spells them.
-    """
+def positions(model: Detector, rows: list[SpeltRow], tokenizer: Tokenizer, max_tokens: int) -> dict[str, int]:
+    """For each text of more than one window: the character at which its most suspicious window begins."""
     best: dict[str, tuple[float, int]] = {}
     device = next(model.parameters()).device
     with torch.inference_mode(), autocast(device):
@@ -46,10 +43,10 @@ def _batched(windows: Iterator[Window]) -> Iterator[list[Window]]:
         yield batch
 
 
-def _windows(rows: list[Row], tokenizer: Tokenizer, room: int) -> Iterator[Window]:
+def _windows(rows: list[SpeltRow], tokenizer: Tokenizer, room: int) -> Iterator[Window]:
     """Full windows (text, first character, ids) of texts that have more than one."""
     for first in range(0, len(rows), 500):
-        texts = [spelt(row).text for row in rows[first : first + 500]]
+        texts = [row.text for row in rows[first : first + 500]]
         for text, encoding in zip(texts, tokenizer.encode_batch(texts, add_special_tokens=False), strict=True):
             if len(encoding.ids) <= room:
                 continue

@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import itertools
-import json
-import math
 import random
-import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Final
 
-import zstandard
-
 from services.fallback_model.characters import spell
-from services.fallback_model.eval.corpus import NOISY
+from services.fallback_model.eval.corpus import NOISY, Row
 from services.fallback_model.labels import THREATS
 from services.fallback_model.training import phrases, written
 from services.fallback_model.training.carriers import pair
 from services.fallback_model.training.noise import damage, encoded, gibberish
+from services.fallback_model.training.rows import Localiser, SpeltRow, fold_of, spelt
 
 _SHARES: Final = {
     "real_attack": 0.262,
@@ -64,20 +58,6 @@ FACTORS: Final = {
     "fabric_patterns": 1.3,
     "software_docs": 0.8,
 }
-FOLDS: Final = 3
-_SENTENCE: Final = re.compile(r"[^.!?\n]{1,160}[.!?\n]*\s*")
-_WORD: Final = re.compile(r"\w+")
-
-
-@dataclass(frozen=True)
-class Row:
-    text: str
-    label: int
-    source: str
-    threat: str | None
-    lang: str
-    foreign: bool = False
-    spelt: bool = False
 
 
 @dataclass(frozen=True)
@@ -93,73 +73,6 @@ class Sample:
     fold: int = -1  # of the row that it is made of, if it is one: see `fold_of`
 
 
-def read_rows(path: Path) -> list[Row]:
-    """Rows of a .jsonl or .jsonl.zst file. Split on newlines only: texts hold Unicode's own line separators."""
-    raw = path.read_bytes()
-    if path.suffix == ".zst":
-        raw = zstandard.ZstdDecompressor().stream_reader(raw).read()
-    rows = []
-    for line in raw.decode("utf-8").split("\n"):
-        if line:
-            row = json.loads(line)
-            rows.append(Row(row["text"], row["label"], row.get("source", ""), row.get("threat"), row.get("lang", "")))
-    return rows
-
-
-class Localiser:
-    """Finds the sentence of a long malicious text that is most likely the attack: naive Bayes on words and word pairs.
-
-    It only chooses which window of a training text is shown; the detector itself knows nothing of it.
-    """
-
-    def __init__(self, rows: list[Row]) -> None:
-        counts: tuple[Counter[str], Counter[str]] = (Counter(), Counter())
-        for row in rows:
-            for sentence in _SENTENCE.findall(row.text[:4000]):
-                counts[row.label].update(self._features(sentence))
-        totals = [sum(counter.values()) + len(counter) for counter in counts]
-        self._odds = {
-            feature: max(-3.0, min(3.0, math.log((number + 1) / totals[1]) - math.log((counts[0][feature] + 1) / totals[0])))
-            for feature, number in counts[1].items()
-            if number >= 3
-        }
-
-    @staticmethod
-    def _features(sentence: str) -> set[str]:
-        words = _WORD.findall(sentence.lower())
-        return {*words, *(f"{a} {b}" for a, b in itertools.pairwise(words))}
-
-    def position(self, text: str) -> int:
-        """Offset of the likeliest attack sentence's first character."""
-        best, place = -math.inf, 0
-        for match in _SENTENCE.finditer(text):
-            score = sum(self._odds.get(feature, 0.0) for feature in self._features(match[0]))
-            if score > best:
-                best, place = score, match.start()
-        return place
-
-
-def spelt(row: Row) -> Row:
-    """As the network will see it. An attack in look-alikes is spelt like any other then: an injection, whatever it was called."""
-    if row.text.isascii():
-        return row
-    threat = "injection" if row.threat == "encoding_attack" else row.threat
-    return replace(row, text=spell(row.text), threat=threat, foreign=_is_foreign(row.text), spelt=True)
-
-
-def _is_foreign(text: str) -> bool:
-    """True where a good part of the text is not Latin, so that its spelling takes about two tokens a syllable."""
-    return sum(ord(char) > 0x24F for char in text) * 5 > len(text)
-
-
-def fold_of(row: Row) -> int:
-    """The part of `FOLDS` that a row is in.
-
-    Every teacher leaves out another part, and judges its rows without having learnt their labels by heart.
-    """
-    return hashlib.sha256(row.text.encode("utf-8", "replace")).digest()[0] % FOLDS
-
-
 class Sampler:
     """Draws samples without end; everything random comes from the seed.
 
@@ -167,16 +80,17 @@ class Sampler:
     """
 
     def __init__(self, rows: list[Row], pairs: list[tuple[str, str, str]], seed: int) -> None:
-        rows = [spelt(row) for row in rows]
-        self.rows = rows
+        self.rows = [spelt(row) for row in rows]
         self.rng = random.Random(seed)
-        self.localiser = Localiser(rows)
-        self._fill(rows)
+        self.localiser = Localiser(self.rows)
+        self._fill(self.rows)
         self.prose = [
-            row.text for row in rows if not row.label and len(row.text) > 120 and row.source != "wildguardmix" and not row.foreign
+            row.text
+            for row in self.rows
+            if not row.label and len(row.text) > 120 and row.source != "wildguardmix" and not row.foreign
         ]
         self.foreign_prose: dict[str, list[str]] = defaultdict(list)
-        for row in rows:
+        for row in self.rows:
             if not row.label and row.lang != "en" and len(row.text) > 80:
                 self.foreign_prose[row.lang].append(row.text)
         self.ordinary: dict[str, list[str]] = defaultdict(list)
@@ -191,11 +105,11 @@ class Sampler:
         self._sentences: dict[int, int] = {}
         self._makers = [(getattr(self, f"_{name}"), share) for name, share in _SHARES.items() if pairs or name != "ordinary"]
 
-    def _fill(self, rows: list[Row]) -> None:
-        self.groups: dict[int, list[tuple[str, list[Row]]]] = {}
+    def _fill(self, rows: list[SpeltRow]) -> None:
+        self.groups: dict[int, list[tuple[str, list[SpeltRow]]]] = {}
         self.weights: dict[int, list[float]] = {}
         for label in (0, 1):
-            sources: dict[str, list[Row]] = defaultdict(list)
+            sources: dict[str, list[SpeltRow]] = defaultdict(list)
             for row in rows:
                 if row.label == label:
                     sources[row.source].append(row)
@@ -222,7 +136,7 @@ class Sampler:
         while True:
             yield from self.rng.choices(makers, weights)[0]()
 
-    def _cut(self, row: Row) -> str:
+    def _cut(self, row: SpeltRow) -> str:
         """A window of a long text: for an attack mostly where the attack is, else anywhere."""
         text, rng = row.text, self.rng
         size = rng.randrange(180, 580) if row.foreign else rng.randrange(350, 1150)
@@ -240,13 +154,13 @@ class Sampler:
         start = max(0, min(start, len(text) - size // 2))
         return text[start : start + size].split(" ", 1)[-1] if start else text[:size]
 
-    def _known_share(self, row: Row) -> float:
+    def _known_share(self, row: SpeltRow) -> float:
         """How often a window is placed on purpose: where an attack is, or where a harmless text looks most like one."""
         if row.label:
             return 1.0 if row.source.startswith("synth_indirect") else 0.45 if not self.positions else 0.7
         return 0.4 if self.positions else 0.0
 
-    def _position(self, row: Row) -> int:
+    def _position(self, row: SpeltRow) -> int:
         if self.positions and row.text in self.positions:
             # Of a place that the network found only the window is known: begin anywhere about its start.
             return self.positions[row.text] + self.rng.randrange(0, 250)
@@ -259,14 +173,14 @@ class Sampler:
         plain, since the encoder may take them for encoded."""
         drawn = itertools.islice((one for one in self.stream() if one.threat >= 0 and one.threat_weight > 0), count)
         grammar = [phrases.attack(self.rng) for _ in range(count // 6)]
-        plain = [row for row in self.rows if row.spelt and row.threat == "injection" and row.source == "synth_encoding"]
+        plain = [row for row in self.rows if row.changed and row.threat == "injection" and row.source == "synth_encoding"]
         return [
             *drawn,
             *(Sample(text, 1.0, THREATS.index(kind), threat_weight=0.6) for text, kind in grammar),
             *(Sample(self._cut(row), 1.0, THREATS.index("injection")) for row in plain for _ in range(4)),
         ]
 
-    def _pick(self, label: int) -> Row:
+    def _pick(self, label: int) -> SpeltRow:
         _, found = self.rng.choices(self.groups[label], self.weights[label])[0]
         return self.rng.choice(found)
 
@@ -477,7 +391,7 @@ class Sampler:
         before, after = (self._prose(500) if rng.random() < share else "" for share in (0.75, 0.6))
         gap = rng.choice(["\n\n", "\n", " "])
 
-        def inside(row: Row) -> str:
+        def inside(row: SpeltRow) -> str:
             return gap.join(part for part in (before, self._cut(row)[:600], after) if part)
 
         threat = THREATS.index(bad.threat) if bad.threat else -1

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from services.fallback_model.characters import spell
+from services.fallback_model.eval.corpus import Row, read_rows
 from services.fallback_model.labels import THREATS
 from services.fallback_model.training import check, parallel, vocabulary, written
 from services.fallback_model.training.align import Pair, align
@@ -28,7 +29,8 @@ from services.fallback_model.training.feed import Tokens, feed, grouped, padded
 from services.fallback_model.training.heads import refit_threats
 from services.fallback_model.training.locate import positions
 from services.fallback_model.training.network import Detector, load_base, load_release
-from services.fallback_model.training.samples import FOLDS, Row, Sample, Sampler, read_rows
+from services.fallback_model.training.rows import FOLDS
+from services.fallback_model.training.samples import Sample, Sampler
 from services.fallback_model.training.schedule import Progress, autocast, optimizer_of, step
 from services.fallback_model.training.tokens import bare_tokenizer
 
