@@ -280,6 +280,8 @@ class PostgresCheck:
         # A check that hangs is not cancelled, which would take a while itself; the next call waits for the same one.
         if self._asking is None:
             self._asking = asyncio.get_running_loop().create_task(self._ask())
+            # One that still hangs when this process ends has nobody to ask for its outcome, which is no error of asyncio's.
+            self._asking.add_done_callback(lambda task: task.cancelled() or task.exception())
         done, _ = await asyncio.wait({self._asking}, timeout=CHECK_TIMEOUT_SECONDS)
         if not done:
             raise StoreUnavailableError("PostgreSQL does not answer")

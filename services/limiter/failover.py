@@ -77,7 +77,7 @@ class Health:
             self.replicas = max(1, await self._heartbeat.beat())
         except StoreUnavailableError as error:
             self._count_outage()
-            self.lost("has lost its data" if isinstance(error, StoreForgotError) else "does not answer")
+            self.lost("has lost its data" if isinstance(error, StoreForgotError) else f"does not answer ({error})")
             return
         self._count_outage()
         if not self.up:
@@ -137,8 +137,8 @@ class Limiter:
             known = None if state.synced == outages else state.used(self._policy, self._clock_ms())
             try:
                 decision = await self._store.decide(key, limits, cost, known, partial=partial)
-            except StoreUnavailableError:
-                self._health.lost()
+            except StoreUnavailableError as error:
+                self._health.lost(f"does not answer ({error})")
             else:
                 state.record(self._policy, decision.granted, decision.used, self._clock_ms())
                 state.synced = outages
