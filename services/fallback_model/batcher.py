@@ -12,7 +12,6 @@ import asyncio
 import contextlib
 import math
 import time
-from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,18 +23,15 @@ from libs.common import tracing
 from services.fallback_model.engine import Scores
 from services.fallback_model.forecast import Speed
 from services.fallback_model.metrics import LaneMetrics
+from services.fallback_model.queue import Item, Queue, Request
 from services.fallback_model.windows import Ids
 
 _FOR_A_SESSION: Final = (("portcullis.queue", "model"),)
-_LOOK_AHEAD: Final = 256
-"""How many waiting windows are looked at to find some of like length."""
 _CERTAIN: Final = 0.5
 """A request is taken when it would wait for at most this part of its time: a forecast is no more exact than that, and what is
 scored too late is work that nobody gets anything of."""
 _FULL: Final = 0.5
 """Batches of at least this part of their bound tell how fast a queue is worked off."""
-_LENGTH_SLACK: Final = 16
-"""Windows whose lengths differ by at most this many tokens, or by a quarter, share a batch."""
 
 
 class Busy(Exception):  # noqa: N818  # it is an answer, not a fault
@@ -68,28 +64,6 @@ class Limits:
     overtaken_seconds: float = 0.5
 
 
-@dataclass(eq=False)
-class _Request:
-    left: int
-    logits: np.ndarray
-    threats: np.ndarray | None
-    done: asyncio.Future[Scores]
-    begun: bool = False
-    taken: float | None = None
-    """When its first window left the queue."""
-    batch_rows: int = 0
-    """Of the batch that its first window was in."""
-
-
-@dataclass(eq=False)
-class _Item:
-    request: _Request
-    row: int
-    ids: Ids
-    since: float
-    urgent: bool
-
-
 class Batcher:
     """Create it in the event loop that uses it."""
 
@@ -107,8 +81,8 @@ class Batcher:
         self._limits = limits
         self._clock = clock
         self._sleep = sleep
-        self._urgent: deque[_Item] = deque()
-        self._patient: deque[_Item] = deque()
+        self._urgent = Queue(self._take_off)
+        self._patient = Queue(self._take_off)
         self._queued_tokens = 0
         self._urgent_tokens = 0
         self._running_tokens = 0
@@ -167,10 +141,11 @@ class Batcher:
         """
         self.check(seconds, urgent=urgent)
         tokens = sum(map(len, rows))
-        request = _Request(len(rows), np.empty(len(rows), np.float32), None, asyncio.get_running_loop().create_future())
+        request = Request(len(rows), np.empty(len(rows), np.float32), None, asyncio.get_running_loop().create_future())
         now = self._clock.monotonic()
         queue = self._urgent if urgent else self._patient
-        queue.extend(_Item(request, index, ids, now, urgent) for index, ids in enumerate(rows))
+        for index, ids in enumerate(rows):
+            queue.add(Item(request, index, ids, now, urgent))
         self._queued_tokens += tokens
         self._urgent_tokens += tokens if urgent else 0
         self._waiting_requests += 1
@@ -180,7 +155,7 @@ class Batcher:
         finally:
             self._trace(request, now)
 
-    def _trace(self, request: _Request, since: float) -> None:
+    def _trace(self, request: Request, since: float) -> None:
         """The steps of a request that has been scored, or has failed."""
         if request.taken is None or request.done.cancelled():
             return
@@ -237,7 +212,7 @@ class Batcher:
             self._measure(batch, ended - began)
             began = ended
 
-    def _measure(self, batch: list[_Item], seconds: float) -> None:
+    def _measure(self, batch: list[Item], seconds: float) -> None:
         tokens = sum(len(item.ids) for item in batch)
         # A queue that makes anybody wait is worked off in full batches. Small ones are slower by the token; but if even they are
         # faster than what is believed, then that is out of date, and must not keep the queue too short for full ones.
@@ -245,53 +220,36 @@ class Batcher:
         if full or tokens > seconds * self._speed.per_second > 0:
             self._speed.add(tokens, seconds)
 
-    def _note_begin(self, batch: list[_Item]) -> None:
+    def _note_begin(self, batch: list[Item]) -> None:
         now = self._clock.monotonic()
         for item in batch:
             if item.request.taken is None:
                 item.request.taken, item.request.batch_rows = now, len(batch)
 
-    def _gather(self) -> list[_Item]:
+    def _gather(self) -> list[Item]:
         """The next batch: what has waited longest, and others of like length."""
         overdue = self._clock.monotonic() - self._limits.overtaken_seconds
-        queue = self._urgent
-        if not self._urgent:
-            queue = self._patient
-        elif self._patient and self._patient[0].since <= overdue:
+        first, second = self._urgent, self._patient
+        longest_patient = self._patient.oldest()
+        if self._urgent and longest_patient is not None and longest_patient.since <= overdue:
             # Turn by turn from now on: neither queue can starve the other.
             self._patient_turn = not self._patient_turn
-            queue = self._patient if self._patient_turn else self._urgent
-        batch: list[_Item] = []
-        longest = shortest = 0
-        passed: list[_Item] = []
+            if self._patient_turn:
+                first, second = second, first
+        batch: list[Item] = []
         # What the one queue leaves of the batch is filled from the other.
-        for source in (queue, self._patient if queue is self._urgent else self._urgent):
-            for _ in range(min(_LOOK_AHEAD, len(source))):
-                item = source.popleft()
-                if item.request.done.done():  # cancelled or failed: nobody waits for it
-                    self._take_off(item)
-                    continue
-                length = len(item.ids)
-                new_longest, new_shortest = max(longest, length), min(shortest or length, length)
-                alike = new_longest - new_shortest <= max(_LENGTH_SLACK, new_shortest // 4)
-                if batch and not (alike and new_longest * (len(batch) + 1) <= self._limits.batch_tokens):
-                    passed.append(item)
-                    continue
-                batch.append(item)
-                longest, shortest = new_longest, new_shortest
-                self._take_off(item)
-            source.extendleft(reversed(passed))
-            passed.clear()
+        for queue in (first, second):
+            queue.fill(batch, self._limits.batch_tokens)
         return batch
 
-    def _take_off(self, item: _Item) -> None:
+    def _take_off(self, item: Item) -> None:
         self._queued_tokens -= len(item.ids)
         self._urgent_tokens -= len(item.ids) if item.urgent else 0
         if not item.request.begun:
             item.request.begun = True
             self._waiting_requests -= 1
 
-    def _deliver(self, batch: list[_Item], scores: Scores) -> None:
+    def _deliver(self, batch: list[Item], scores: Scores) -> None:
         for index, item in enumerate(batch):
             request = item.request
             if request.done.done():

@@ -284,3 +284,16 @@ async def test_of_many_texts_a_trace_shows_those_that_fail(model: Model, recorde
     assert sorted(dict(own)["portcullis.item.index"] for _, own, _ in items) == failed
     assert {(name, error) for name, _, error in items} == {("item", "overloaded")}
     assert tracing.here() == ASKED
+
+
+@pytest.mark.parametrize(("slow_seconds", "shown"), [(0, [0, 1, 2]), (3600, [])])
+async def test_of_many_texts_a_trace_shows_those_that_are_slow(
+    model: Model, recorder: Recorder, slow_seconds: int, shown: list[int]
+) -> None:
+    recorder.slow_ns = slow_seconds * 10**9
+    slot = Slot(make(model))
+    tracing.enter(ASKED)
+    await judged(slot, *("How do I bake bread?",) * 3)
+    await slot.close()
+    items = [(span[3], dict(span[8])["portcullis.item.index"], span[2], span[11]) for span in recorder.take(100)]
+    assert sorted(items) == [("item", index, ASKED[36:52], "") for index in shown]

@@ -1,0 +1,62 @@
+"""Windows that wait, and the batches that are made of them."""
+
+from __future__ import annotations
+
+import asyncio
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from services.fallback_model.engine import Scores
+from services.fallback_model.queue import Item, Queue, Request
+
+MOST_TOKENS = 100
+
+
+def item(length: int, done: asyncio.Future[Scores]) -> Item:
+    request = Request(1, np.empty(1, np.float32), None, done)
+    return Item(request, 0, np.zeros(length, np.int64), since=0.0, urgent=True)
+
+
+def test_a_batch_is_made_of_what_comes_closest_in_length_to_the_oldest() -> None:
+    loop = asyncio.new_event_loop()
+    queue = Queue(lambda _: None)
+    for length in (20, 24, 12, 28, 20, 19, 90):
+        queue.add(item(length, loop.create_future()))
+    batch: list[Item] = []
+    queue.fill(batch, MOST_TOKENS)
+    # Taken as they came, 20, 24, 12 and 28 would be four, and a quarter of them padding.
+    assert [len(each.ids) for each in batch] == [20, 20, 19, 24]
+    assert len(queue) == 3
+    loop.close()
+
+
+@given(st.lists(st.tuples(st.integers(1, 120), st.booleans()), max_size=60))
+def test_every_window_leaves_once_and_the_oldest_goes_first(windows: list[tuple[int, bool]]) -> None:
+    loop = asyncio.new_event_loop()
+    left: list[Item] = []
+    queue = Queue(left.append)
+    waiting = []
+    for length, abandoned in windows:
+        done: asyncio.Future[Scores] = loop.create_future()
+        if abandoned:
+            done.cancel()
+        waiting.append(item(length, done))
+        queue.add(waiting[-1])
+    batched = []
+    while True:
+        oldest = queue.oldest()
+        batch: list[Item] = []
+        queue.fill(batch, MOST_TOKENS)
+        if not batch:
+            break
+        assert batch[0] is oldest
+        lengths = [len(each.ids) for each in batch]
+        assert len(batch) == 1 or max(lengths) * len(batch) <= MOST_TOKENS
+        assert max(lengths) - min(lengths) <= max(16, min(lengths) // 4)
+        batched += batch
+    loop.close()
+    assert len(queue) == 0
+    assert sorted(map(id, batched)) == sorted(id(each) for each in waiting if not each.abandoned)
+    assert sorted(map(id, left)) == sorted(map(id, waiting))
