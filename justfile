@@ -67,6 +67,13 @@ chaos *arguments: _development
     @PORTCULLIS_TEST_CHAOS=long PORTCULLIS_TEST_STORM_SECONDS="${PORTCULLIS_TEST_STORM_SECONDS:-600}" \
         exec {{ python }} -m pytest -s tests/chaos/test_matrix.py tests/chaos/test_storms.py "$@"
 
+# Half an hour of mixed use, in which no process may grow: a table of the memory of each, every sample as CSV where
+# PORTCULLIS_TEST_SOAK_CSV names a file; PORTCULLIS_TEST_SOAK_SECONDS for another time
+[no-exit-message]
+soak *arguments: _development
+    @PORTCULLIS_TEST_SOAK_SECONDS="${PORTCULLIS_TEST_SOAK_SECONDS:-1800}" \
+        exec {{ python }} -m pytest -s tests/chaos/test_soak.py "$@"
+
 # Everything that is checked without running the product
 check: _development
     {{ python }} -m ruff format --check .
