@@ -382,7 +382,7 @@ def _nats() -> Iterator[Nats]:
     first = subjects.DETECT_REQUEST
     for deadline in NO_DEADLINES:
         yield Nats(
-            "no deadline", f"{str(deadline)[:40]}, of {len(deadline or str())}", first, b"[]", headers={DEADLINE_HEADER: deadline}
+            "no deadline", f"{str(deadline)[:40]}, of {len(deadline or '')}", first, b"[]", headers={DEADLINE_HEADER: deadline}
         )
     for left in ("", "soon", "nan", "9" * 400):
         yield Nats("no deadline", f"left: {left[:40]}", first, b"[]", headers={TIME_LEFT_HEADER: left})
