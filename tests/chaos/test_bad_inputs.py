@@ -26,10 +26,9 @@ from libs.common.errors import CATALOGUE
 from services.edge.problems import TYPE_PREFIX
 from tests import bad_inputs
 from tests.bad_inputs import HTTP, NATS, Http, Nats
-from tests.chaos.kit import Stack, callers, wait_for_detection
-from tests.chaos.questions import is_right, question
+from tests.chaos.kit import Stack, wait_for_detection
 from tests.chaos.scenario import crowding
-from tests.chaos.vitals import Health, until_at_rest
+from tests.chaos.vitals import Health, assert_answers, until_at_rest
 
 AT_A_TIME = 8
 OF_THE_LOOP_SECONDS = 2.0
@@ -43,14 +42,7 @@ async def unharmed(stack: Stack) -> AsyncIterator[None]:
     before = await asyncio.to_thread(Health.of, stack)
     yield
     await until_at_rest(stack)
-    async with callers(stack) as session:
-        for number in range(2):
-            headers = {"X-API-Key": stack.key}
-            async with session.post("/v1/detect", json={"text": question(number).text}, headers=headers) as response:
-                assert response.status == 200, await response.text()
-                assert is_right(question(number), await response.json())
-        async with session.get("/health") as response:
-            assert (await response.json())["status"] == "healthy"
+    await assert_answers(stack)
     assert await asyncio.to_thread(Health.of, stack) == before
 
 
