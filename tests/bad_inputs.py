@@ -257,9 +257,11 @@ def _floods() -> Iterator[Http]:
 
 
 def _trickles() -> Iterator[Http]:
+    late = ErrorCode.DEADLINE_EXCEEDED  # that of the call, which is as long as what a body may take
+    yield Http("trickles", "headers", GET + b"X: ", again=b"a", every_seconds=0.5, seconds=_SLOW_SECONDS)
     counted = POST + b"Connection: close\r\nContent-Length: 100000\r\n\r\n{"
-    for name, begin, again in (("headers", GET + b"X: ", b"a"), ("a body", counted, b" "), ("chunks", CHUNKED, b"1\r\n \r\n")):
-        yield Http("trickles", name, begin, again=again, every_seconds=0.5, seconds=_SLOW_SECONDS)
+    yield Http("trickles", "a body", counted, late, again=b" ", every_seconds=0.5, seconds=_SLOW_SECONDS)
+    yield Http("trickles", "chunks", CHUNKED, late, again=b"1\r\n \r\n", every_seconds=0.5, seconds=_SLOW_SECONDS)
     yield Http("trickles", "half a request and nothing more", POST, seconds=_SLOW_SECONDS)
 
 

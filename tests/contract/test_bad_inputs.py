@@ -8,7 +8,7 @@ from libs.common.errors import CATALOGUE
 from libs.common.subjects import DEFAULT_POOL, PERMISSIONS
 from tests.bad_inputs import HTTP, NATS, STAGES
 
-OF_THE_CALLER = {400, 401, 403, 404, 413, 415, 422, 431}
+OF_THE_CALLER = {400, 401, 403, 404, 413, 415, 422, 431, 504}
 """The contract's statuses for what is wrong with a call itself. (409 needs a call before it, the others a gateway in trouble.)"""
 HTTP_GROUPS = {
     *("not HTTP", "smuggling", "host", "no JSON", "lone surrogates", "bombs", "types", "fields", "credentials", "paths"),
