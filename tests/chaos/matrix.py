@@ -250,12 +250,12 @@ _CLOCK = (
 )
 
 
-def _clock(name: str) -> list[Scenario]:
+def _clock(name: str, more: str = "") -> list[Scenario]:
     return [
         Scenario(
             name, "clock skew", off_clock(name, -3600, usable=True), 2, statuses=REFUSED, probes=(the_limit_holds,),
             callers="A clock that is slow: nothing; there is no more time for a request than the stage before had left. "
-            "One that is fast by more than the deadline: 504 for everything, since the stage takes it for late.",
+            f"One that is fast by more than the deadline: 504 for everything, since the stage takes it for late.{more}",
             operator=_CLOCK,
         )
     ]  # fmt: skip
@@ -315,7 +315,7 @@ SCENARIOS: tuple[Scenario, ...] = (
         callers="A flood of unknown keys is looked up by a few large queries: known keys notice nothing.",
         operator="Block the address in front of the gateway.",
     ),
-    *_clock("auth"),
+    *_clock("auth", " Keys expire by this clock."),
     # --- limiter ---
     *_stage(
         "limiter", short=("crash",), partition=_PARTITION_HELP, callers=_PARTITION,
