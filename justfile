@@ -61,11 +61,19 @@ test *arguments: _development
 fuzz *arguments: _development
     @exec {{ python }} -m tests.fuzz "$@"
 
-# The whole matrix of faults, then storms of kills, pauses and restarts: chaos -k nats
+# The whole matrix of faults, storms of kills, pauses and restarts, and 10 000 callers that leave: chaos -k nats
 [no-exit-message]
 chaos *arguments: _development
     @PORTCULLIS_TEST_CHAOS=long PORTCULLIS_TEST_STORM_SECONDS="${PORTCULLIS_TEST_STORM_SECONDS:-600}" \
-        exec {{ python }} -m pytest -s tests/chaos/test_matrix.py tests/chaos/test_storms.py "$@"
+        PORTCULLIS_TEST_LEAVERS="${PORTCULLIS_TEST_LEAVERS:-10000}" \
+        exec {{ python }} -m pytest -s tests/chaos/test_matrix.py tests/chaos/test_storms.py \
+        tests/chaos/test_leavers.py "$@"
+
+# Half an hour of mixed use, in which no process may grow (PORTCULLIS_TEST_SOAK_SECONDS); every sample into PORTCULLIS_TEST_SOAK_CSV
+[no-exit-message]
+soak *arguments: _development
+    @PORTCULLIS_TEST_SOAK_SECONDS="${PORTCULLIS_TEST_SOAK_SECONDS:-1800}" \
+        exec {{ python }} -m pytest -s tests/chaos/test_soak.py "$@"
 
 # Everything that is checked without running the product
 check: _development

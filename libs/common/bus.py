@@ -199,7 +199,7 @@ class _Stage(Generic[T]):
             if span := self._begin(msg, context):
                 context = context.within(span.traceparent)
             tracing.enter(context.traceparent, span or None)
-            remaining = context.remaining_seconds(self._bus.clock.now())
+            remaining = context.remaining_seconds(self._bus.clock)
             if remaining <= 0:
                 outcome_name = meter.EXPIRED
                 return
@@ -247,7 +247,7 @@ class _Stage(Generic[T]):
         return origin_of(msg.reply)
 
     def _context(self, msg: Msg, origin: str | None) -> RequestContext:
-        return from_headers(msg.headers or {}, origin)
+        return from_headers(msg.headers or {}, self._bus.clock, origin)
 
     async def _handle(self, _: Msg, body: T, context: RequestContext) -> Outcome:
         return await self._handler(body, context)
@@ -294,7 +294,7 @@ class _DoorStage(_Stage[T]):
         deadline_ms = int((self._bus.clock.now() + self._seconds) * 1000)
         kept = {name: given[name] for name in (REQUEST_ID_HEADER, TRACEPARENT_HEADER) if name in given}
         # Without the origin: what is asked twice from one inbox is two requests.
-        return from_headers({**kept, DEADLINE_HEADER: str(deadline_ms)})
+        return from_headers({**kept, DEADLINE_HEADER: str(deadline_ms)}, self._bus.clock)
 
     def _begin(self, msg: Msg, context: RequestContext) -> tracing.Span:
         # Nobody of ours is before it: the trace, or our part of the client's, begins here.
@@ -562,7 +562,7 @@ class Bus:
         """
         if not again:
             self.retry_budget.count()
-        headers = context.headers()
+        headers = context.outgoing(self.clock)
         with self._hops.sending(subject, headers) as span:
             response = await self._request(subject, message, context, headers, span, idempotent=idempotent, token=token)
             if (error := response.reply.error) is not None:
@@ -595,7 +595,7 @@ class Bus:
         self._pending[token] = _Pending(future, send if idempotent else None, span)
         try:
             await send()
-            async with asyncio.timeout(context.remaining_seconds(self.clock.now())):
+            async with asyncio.timeout(context.remaining_seconds(self.clock)):
                 msg = await future
         except TimeoutError:
             raise PortcullisError(ErrorCode.DEADLINE_EXCEEDED, internal=f"no answer on {subject}") from None
@@ -631,13 +631,13 @@ class Bus:
                 complete.set()
 
         self._waiting[token] = collect
-        headers = context.headers()
+        headers = context.outgoing(self.clock)
         span = self._hops.sending(subject, headers) if message is not None else tracing.NO_SPAN
         try:
             await self._publish(
                 subject, encode(message) if message is not None else b"", reply=f"{self._inbox}.{token}", headers=headers
             )
-            async with asyncio.timeout(min(window_seconds, context.remaining_seconds(self.clock.now()))):
+            async with asyncio.timeout(min(window_seconds, context.remaining_seconds(self.clock))):
                 await complete.wait()
         except TimeoutError:
             pass
@@ -679,7 +679,7 @@ class Bus:
 
     async def forward(self, forward: Forward, origin: str | None, context: RequestContext) -> None:
         reply = f"{self._inbox}.{origin}" if origin else ""
-        headers = context.headers()
+        headers = context.outgoing(self.clock)
         with self._hops.sending(forward.subject, headers) as span:
             self._hops.forwarded(origin, span)
             await self._publish(forward.subject, encode(forward.message), reply=reply, headers=headers)

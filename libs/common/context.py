@@ -7,9 +7,11 @@ import re
 import secrets
 from dataclasses import dataclass, field
 
+from libs.common.clock import Clock
 from libs.common.errors import ErrorCode, PortcullisError
 
 DEADLINE_HEADER = "Portcullis-Deadline"
+TIME_LEFT_HEADER = "Portcullis-Time-Left"
 REQUEST_ID_HEADER = "Portcullis-Request-Id"
 TRACEPARENT_HEADER = "traceparent"
 TIMINGS_HEADER = "Portcullis-Timings"
@@ -45,7 +47,8 @@ def new_traceparent() -> str:
 
 @dataclass(frozen=True, slots=True)
 class RequestContext:
-    """`deadline_ms`: epoch milliseconds. `timings`: milliseconds by stage, in the order of the path.
+    """`deadline_ms`: epoch milliseconds, as whoever began the request has set it; passed on as it came. `timings`: milliseconds
+    by stage, in the order of the path. `ends`: when time is up by this process's monotonic clock; None: by the deadline alone.
 
     `attempt_of` is unique per request (unlike the request id, which is the caller's to choose) and the same when it has to be
     sent again: the key for doing things once. A stage reads it off the origin, so that it needs no header.
@@ -56,16 +59,49 @@ class RequestContext:
     traceparent: str
     timings: dict[str, float] = field(default_factory=dict)
     attempt_of: str = field(default_factory=new_request_id)
+    ends: float | None = None
 
-    def remaining_seconds(self, now: float) -> float:
-        """Seconds until the deadline, negative after it. `now`: epoch seconds."""
-        return self.deadline_ms / 1000 - now
+    @classmethod
+    def lasting(cls, seconds: float, clock: Clock, request_id: str = "", traceparent: str = "") -> RequestContext:
+        """Of a request that begins here, and may take so long. Without an id or a trace it gets new ones."""
+        return cls(
+            int((clock.now() + seconds) * 1000),
+            request_id or new_request_id(),
+            traceparent or new_traceparent(),
+            ends=clock.monotonic() + seconds,
+        )
+
+    def remaining_seconds(self, clock: Clock) -> float:
+        """Seconds until time is up, negative after that. `clock`: this process's."""
+        return self.ends - clock.monotonic() if self.ends is not None else self.deadline_ms / 1000 - clock.now()
 
     def within(self, traceparent: str) -> RequestContext:
         """The same request, as the children of another span see it."""
-        return RequestContext(self.deadline_ms, self.request_id, traceparent, self.timings, self.attempt_of)
+        return RequestContext(self.deadline_ms, self.request_id, traceparent, self.timings, self.attempt_of, self.ends)
+
+    def attempt(self, seconds: float, clock: Clock) -> RequestContext:
+        """A part of the same request, for which there is no more time than `seconds`.
+
+        Its deadline is that much earlier than the request's as there will be time left after it: by the clock that has set the
+        request's, and not by ours.
+        """
+        remaining = self.remaining_seconds(clock)
+        seconds = min(seconds, remaining)
+        deadline_ms = self.deadline_ms - round((remaining - seconds) * 1000)
+        ends = clock.monotonic() + seconds
+        return RequestContext(deadline_ms, self.request_id, self.traceparent, attempt_of=self.attempt_of, ends=ends)
+
+    def outgoing(self, clock: Clock) -> dict[str, str]:
+        """The headers of a message that asks for something: those of every message, and how many milliseconds there are for it.
+
+        No other clock is needed to know the time left, and the receiver's own can neither lengthen it nor, by being slow, keep
+        what is late: it goes by whichever of the two comes first.
+        """
+        left_ms = max(0, min(round(self.remaining_seconds(clock) * 1000), MAX_DEADLINE_MS))
+        return {**self.headers(), TIME_LEFT_HEADER: str(left_ms)}
 
     def headers(self) -> dict[str, str]:
+        """Those of every message of this request."""
         headers = {
             DEADLINE_HEADER: str(self.deadline_ms),
             REQUEST_ID_HEADER: self.request_id,
@@ -86,18 +122,29 @@ def parse_timings(value: str | None) -> dict[str, float]:
     return {timing[1]: float(timing[2]) for timing in found if timing is not None}
 
 
-def from_headers(headers: dict[str, str], origin: str | None = None) -> RequestContext:
-    """The context of an incoming message; `origin` is where its answer goes (see `libs.common.bus`).
+def _milliseconds(headers: dict[str, str], name: str) -> int:
+    try:
+        value = int(headers[name])
+        if abs(value) > MAX_DEADLINE_MS:
+            raise ValueError
+    except (KeyError, ValueError):
+        raise PortcullisError(ErrorCode.BAD_REQUEST, f"The message has no valid {name} header.") from None
+    return value
+
+
+def from_headers(headers: dict[str, str], clock: Clock, origin: str | None = None) -> RequestContext:
+    """The context of a message that comes in now; `origin` is where its answer goes (see `libs.common.bus`).
+
+    There is time until the deadline, by this host's clock, and no more of it than the sender had left, which holds where the two
+    hosts' clocks do not agree.
 
     Raises `PortcullisError` BAD_REQUEST when the deadline is missing or not a number: a message that could be executed at any
     later time is worse than one refused. A missing or insane id or trace is replaced.
     """
-    try:
-        deadline_ms = int(headers[DEADLINE_HEADER])
-        if abs(deadline_ms) > MAX_DEADLINE_MS:
-            raise ValueError
-    except (KeyError, ValueError):
-        raise PortcullisError(ErrorCode.BAD_REQUEST, f"The message has no valid {DEADLINE_HEADER} header.") from None
+    deadline_ms = _milliseconds(headers, DEADLINE_HEADER)
+    seconds = deadline_ms / 1000 - clock.now()
+    if TIME_LEFT_HEADER in headers:
+        seconds = min(seconds, _milliseconds(headers, TIME_LEFT_HEADER) / 1000)
     request_id = headers.get(REQUEST_ID_HEADER, "")
     traceparent = headers.get(TRACEPARENT_HEADER, "")
     return RequestContext(
@@ -106,4 +153,5 @@ def from_headers(headers: dict[str, str], origin: str | None = None) -> RequestC
         traceparent=traceparent if TRACEPARENT_PATTERN.fullmatch(traceparent) else new_traceparent(),
         timings=parse_timings(headers.get(TIMINGS_HEADER)),
         attempt_of=origin or new_request_id(),
+        ends=clock.monotonic() + seconds,
     )

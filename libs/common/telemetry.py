@@ -31,6 +31,7 @@ LOOP_LAG = Histogram(
     "How much later than due a process's event loop came to a timer: what everything in it waits.",
     buckets=(0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5),
 )
+TASKS = Gauge("portcullis_event_loop_tasks", "Tasks of a process's event loop that are not done; at rest always as many.")
 
 STAGE_REQUESTS = Counter(
     "portcullis_stage_requests_total", "Messages handled by a stage, by outcome (ok or an error code).", ["subject", "outcome"]
@@ -130,9 +131,10 @@ async def serve_metrics(settings: CommonSettings) -> None:
 
 
 async def watch_loop() -> None:
-    """Measure for ever how late the event loop is."""
+    """Measure for ever how late the event loop is, and how many tasks it has."""
     loop = asyncio.get_running_loop()
     while True:
+        TASKS.set(len(asyncio.all_tasks(loop)))
         due = loop.time() + LAG_EVERY_SECONDS
         await asyncio.sleep(LAG_EVERY_SECONDS)
         LOOP_LAG.observe(max(0.0, loop.time() - due))

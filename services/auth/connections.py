@@ -7,7 +7,7 @@ from typing import Final
 import msgspec
 
 from libs.common.bus import Bus
-from libs.common.context import RequestContext, new_request_id, new_traceparent
+from libs.common.context import RequestContext
 from libs.common.contracts import Message
 from libs.common.subjects import CLIENT_USER_PREFIX, CONNECTIONS, client_user, kick
 from services.auth.door import Connection, ConnectionsUnavailableError
@@ -89,6 +89,5 @@ class BusConnections:
         return found
 
     async def _ask(self, subject: str, message: Message, window_seconds: float, expected: int) -> list[bytes]:
-        deadline_ms = int((self._bus.clock.now() + window_seconds) * 1000) + 1
-        context = RequestContext(deadline_ms, new_request_id(), new_traceparent())
+        context = RequestContext.lasting(window_seconds, self._bus.clock)
         return await self._bus.gather(subject, message, context, window_seconds=window_seconds, expected=expected)

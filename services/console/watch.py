@@ -9,7 +9,7 @@ from typing import Final
 import msgspec
 
 from libs.common.bus import Bus
-from libs.common.context import RequestContext, new_request_id, new_traceparent
+from libs.common.context import RequestContext
 from libs.common.contracts import BreakerChanged, BreakersListRequest, InstanceLeft
 from libs.common.subjects import BREAKERS_LIST, EVERYBODYS_STATS
 from services.console.core import TraceStore
@@ -58,8 +58,7 @@ class Watch:
         self._fleet.breaker_changed(event, self._now_ms())
 
     async def _look(self) -> None:
-        deadline_ms = int((self._bus.clock.now() + 2 * WINDOW_SECONDS) * 1000)
-        context = RequestContext(deadline_ms, new_request_id(), new_traceparent())
+        context = RequestContext.lasting(2 * WINDOW_SECONDS, self._bus.clock)
         stats, breakers = await asyncio.gather(
             self._bus.gather(EVERYBODYS_STATS, None, context, window_seconds=WINDOW_SECONDS),
             self._bus.gather(

@@ -279,7 +279,7 @@ class BulkJudge:
 
 
 def _remaining(context: RequestContext, clock: Clock) -> float:
-    return context.remaining_seconds(clock.now()) - REPLY_RESERVE_SECONDS
+    return context.remaining_seconds(clock) - REPLY_RESERVE_SECONDS
 
 
 def no_verdict(error: EngineError, remaining_seconds: float, fallback_breaker: EngineBreaker) -> PortcullisError:

@@ -44,7 +44,7 @@ async def insist(
             failure = problems.from_reply(reply.error)
             refusal = Refused(failure, reply.rate)
         seconds = pause * random.uniform(0.5, 1.5)  # noqa: S311  # spreads out retries
-        if failure.code not in passing or context.remaining_seconds(stages.clock.now()) <= seconds:
+        if failure.code not in passing or context.remaining_seconds(stages.clock) <= seconds:
             raise refusal or failure
         await asyncio.sleep(seconds)
         pause = min(pause * 2, longest)

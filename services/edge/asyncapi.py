@@ -162,6 +162,11 @@ _HEADERS = {
     "required": [context.DEADLINE_HEADER],
     "properties": {
         context.DEADLINE_HEADER: {"type": "string", "description": "Epoch milliseconds; work past it is dropped"},
+        context.TIME_LEFT_HEADER: {
+            "type": "string",
+            "description": "Milliseconds that were left when the message was sent; there is no more time than that, whatever the "
+            "receiver's clock says",
+        },
         context.REQUEST_ID_HEADER: {"type": "string", "pattern": f"^{context.REQUEST_ID_PATTERN.pattern}$"},
         context.TRACEPARENT_HEADER: {"type": "string", "description": "W3C Trace Context"},
         context.TIMINGS_HEADER: {"type": "string", "description": "Milliseconds by stage so far, such as auth=0.41,limiter=0.52"},

@@ -291,8 +291,7 @@ class Desk:
         return [items.outcome_of(result) for result in results]
 
     async def _insist(self, subject: str, message: Message, token: str | None = None) -> Answered:
-        deadline_ms = int((self.clock.now() + self._seconds) * 1000)
-        context = RequestContext(deadline_ms, self.call.request_id, self.call.traceparent)
+        context = RequestContext.lasting(self._seconds, self.clock, self.call.request_id, self.call.traceparent)
         return await insist(self._stages, subject, message, context, passing=_PASSING, token=token)
 
 

@@ -342,7 +342,7 @@ class Handlers:
         clock = self._stages.clock
         since_arrival = clock.monotonic() - call.arrived
         seconds = core.timeout_seconds(call.headers, self._longest_seconds) - since_arrival
-        return RequestContext(int((clock.now() + seconds) * 1000), call.request_id, call.traceparent)
+        return RequestContext.lasting(seconds, clock, call.request_id, call.traceparent)
 
     async def _body(self, request: Request, call: Call, context: RequestContext, decoder: msgspec.json.Decoder[T]) -> T:
         async with self._bodies.read(call.headers, request.receive, self._remaining(context)) as body:
@@ -350,7 +350,7 @@ class Handlers:
             return core.decode_json(body, decoder)
 
     def _remaining(self, context: RequestContext) -> float:
-        return context.remaining_seconds(self._stages.clock.now())
+        return context.remaining_seconds(self._stages.clock)
 
     async def _ask(self, subject: str, message: Message, context: RequestContext) -> Answered:
         answered = await self._stages.request(subject, message, context, idempotent=subject in _IDEMPOTENT)

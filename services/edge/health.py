@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import msgspec
 
 from libs.common import VERSION, micro
-from libs.common.context import RequestContext, new_request_id, new_traceparent
+from libs.common.context import RequestContext
 from libs.common.contracts import BreakerState
 from libs.common.subjects import SERVICES
 from services.edge.ports import Stages
@@ -178,7 +178,6 @@ class FleetMonitor:
         return fleet
 
     async def _ping(self, expected: int) -> Fleet:
-        deadline_ms = int((self._stages.clock.now() + 2 * WINDOW_SECONDS) * 1000)
-        context = RequestContext(deadline_ms, new_request_id(), new_traceparent())
+        context = RequestContext.lasting(2 * WINDOW_SECONDS, self._stages.clock)
         answers = await self._stages.gather(PING_SUBJECT, None, context, window_seconds=WINDOW_SECONDS, expected=expected)
         return fleet_of(answers, self._stages.connected)

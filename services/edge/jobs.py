@@ -241,7 +241,7 @@ class Jobs:
 
     def _context(self, call: Call) -> RequestContext:
         seconds = core.timeout_seconds(call.headers, self._longest_seconds)
-        return RequestContext(int((self._stages.clock.now() + seconds) * 1000), call.request_id, call.traceparent)
+        return RequestContext.lasting(seconds, self._stages.clock, call.request_id, call.traceparent)
 
     @staticmethod
     def _message(call: Call, operation: JobOperation, payload: Message) -> JobRequest:

@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 async def detect(request: ModelRequest, context: RequestContext, slot: Slot, clock: Clock) -> Outcome:
     """Judges one text. Refuses with OVERLOADED when the queue is full, or too long for the deadline: another may have room."""
-    seconds = context.remaining_seconds(clock.now())
+    seconds = context.remaining_seconds(clock)
     try:
         async with slot.use() as detector:
             detection = await detector.detect(request.text, detailed=request.detailed, seconds=seconds)
@@ -44,7 +44,7 @@ async def detect(request: ModelRequest, context: RequestContext, slot: Slot, clo
 
 async def detect_many(request: ModelItems, context: RequestContext, slot: Slot, clock: Clock) -> Outcome:
     """Judges many texts side by side, as bulk work. What becomes of one text is no matter of the others."""
-    seconds = context.remaining_seconds(clock.now())
+    seconds = context.remaining_seconds(clock)
     async with slot.use() as detector:
         judging = (
             _traced_item(detector, index, text, detailed=request.detailed, seconds=seconds)

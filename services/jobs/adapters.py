@@ -18,7 +18,7 @@ from nats.js.kv import KeyValue
 
 from libs.common import subjects, tracing
 from libs.common.bus import Bus
-from libs.common.context import RequestContext, new_request_id, new_traceparent
+from libs.common.context import RequestContext
 from libs.common.contracts import (
     Admission,
     DeadLetter,
@@ -495,8 +495,7 @@ class BusBackend:
         return results
 
     async def _ask(self, subject: str, message: Message, seconds: float) -> msgspec.Raw:
-        deadline_ms = int((self._bus.clock.now() + seconds) * 1000)
-        context = RequestContext(deadline_ms, new_request_id(), tracing.here() or new_traceparent())
+        context = RequestContext.lasting(seconds, self._bus.clock, traceparent=tracing.here())
         reply: Reply = (await self._bus.request(subject, message, context, idempotent=subject == subjects.BATCH_ITEMS)).reply
         if reply.error is not None:
             raise PortcullisError(code_of(reply.error), reply.error.detail, retry_after=reply.error.retry_after)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from typing import Any, cast
 
 import aiohttp
@@ -10,6 +12,7 @@ import pytest
 from tests.chaos.hostile_engine import NAME
 from tests.chaos.kit import LATE_SECONDS, NOISE_SECONDS, Load, Seen
 from tests.chaos.questions import DISTINCT, engines_verdict, is_right, question, released
+from tests.chaos.storm import Harmed, Storm
 
 WELL = {"at": 0.0, "status": 200, "latency": 0.1, "correct": True, "degraded": False}
 
@@ -58,3 +61,36 @@ def test_the_answer_to_another_text_is_not_right() -> None:
                 confidence = of[text] if of is not None else engines_verdict(text)["confidence"]
                 body = {"is_malicious": asked.malicious, "confidence": confidence, "endpoint": endpoint}
                 assert is_right(asked, body) is right, (asked, text)
+
+
+def _storm(*failing: tuple[float, float], harms: tuple[float, ...] = (2.0, 7.0)) -> Storm:
+    """Fifty calls a second for twelve seconds, of which those asked in `failing` (from, to) were refused."""
+    load = _load()
+    load.seen[:] = [
+        replace(load.seen[0], at=at, status=503 if any(start <= at < end for start, end in failing) else 200)
+        for at in (number / 50 for number in range(600))
+    ]
+    return Storm(load, [Harmed("auth", at) for at in harms])
+
+
+def test_a_recovery_ends_when_answers_are_right_again() -> None:
+    assert [(each.failed, each.seconds) for each in _storm().recoveries()] == [(0, 0.0), (0, 0.0)]
+    first, second = _storm((2.0, 2.5)).recoveries()
+    assert first.failed == 25
+    assert first.seconds == pytest.approx(0.5)
+    assert (second.failed, second.seconds) == (0, 0.0)
+
+
+def test_a_recovery_that_takes_longer_than_the_next_harm_is_one_of_both() -> None:
+    first, second = _storm((2.0, 8.0)).recoveries()
+    assert first.seconds == pytest.approx(6.0)
+    assert second.seconds == pytest.approx(1.0)
+    # Some good answers in between are none.
+    first, _ = _storm((2.0, 6.9), (7.0, 8.0)).recoveries()
+    assert first.seconds == pytest.approx(6.0)
+    with pytest.raises(AssertionError):
+        _storm((2.0, 12.0)).assert_stood(1.0)
+
+
+def test_who_never_recovers_is_seen() -> None:
+    assert [each.seconds for each in _storm((9.0, 12.0)).recoveries()] == [0.0, math.inf]

@@ -11,7 +11,7 @@ import pytest
 
 from tests.chaos.conftest import ROOMY, stack_in
 from tests.chaos.hostile_engine import hostile_engine
-from tests.chaos.matrix import CELLS, COMPONENTS, FAST, FAULTS, LOCKED, NOT_SENSIBLE, SCENARIOS
+from tests.chaos.matrix import CELLS, COMPONENTS, FAST, FAST_EDGE, FAULTS, LOCKED, NOT_SENSIBLE, SCENARIOS
 from tests.chaos.questions import engines_verdict
 from tests.chaos.rig import Rig, small_disks
 from tests.chaos.scenario import Scenario, play
@@ -19,7 +19,7 @@ from tests.conftest import free_port
 
 LONG = os.environ.get("PORTCULLIS_TEST_CHAOS") == "long"
 # Those with an engine last: the proxy is started anew for them.
-PLAYED = sorted((s for s in (*SCENARIOS, FAST, LOCKED) if LONG or s.short), key=lambda scenario: scenario.engine)
+PLAYED = sorted((s for s in (*SCENARIOS, FAST, FAST_EDGE, LOCKED) if LONG or s.short), key=lambda scenario: scenario.engine)
 
 
 @pytest.fixture(scope="module")

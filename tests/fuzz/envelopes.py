@@ -12,9 +12,11 @@ from nats.aio.subscription import Subscription
 from nats.protocol.parser import Parser
 
 from libs.common.bus import HEADER_RESERVE_BYTES, origin_of
+from libs.common.clock import ManualClock
 from libs.common.context import (
     DEADLINE_HEADER,
     REQUEST_ID_HEADER,
+    TIME_LEFT_HEADER,
     TIMINGS_HEADER,
     TRACEPARENT_HEADER,
     RequestContext,
@@ -24,6 +26,7 @@ from libs.common.errors import ErrorCode, PortcullisError
 from libs.common.guard import guard
 from libs.common.subjects import INBOX_PREFIX
 
+_CLOCK: Final = ManualClock()
 _SUBJECT: Final = b"jobs.v1.a1B2c3D4e5F6.submit"
 _NEXT: Final = b"MSG " + _SUBJECT + b" 1 4\r\nnext\r\n"
 _NO_REPLY_BYTES: Final = b" \t\r\n"
@@ -65,7 +68,7 @@ def run(data: bytes) -> None:
         assert origin.isascii()
         assert not set(origin) & set(" *>\r\n\0")
     try:
-        context = from_headers(message.headers or {}, origin)
+        context = from_headers(message.headers or {}, _CLOCK, origin)
     except PortcullisError as error:
         if error.code != ErrorCode.BAD_REQUEST:
             raise
@@ -74,19 +77,19 @@ def run(data: bytes) -> None:
 
 
 def _check(context: RequestContext, origin: str | None) -> None:
-    assert math.isfinite(context.remaining_seconds(0.0))
+    assert math.isfinite(context.remaining_seconds(_CLOCK))
     assert all(map(math.isfinite, context.timings.values())), "no JSON holds such a number"
-    sent = context.headers()
+    sent = context.outgoing(_CLOCK)
     size = sum(len(name) + len(value) + 4 for name, value in sent.items())
     assert size <= HEADER_RESERVE_BYTES, f"{size} bytes of headers: with a large body that ends the connection"
     assert all(value.isascii() and value.isprintable() for value in sent.values())
-    again = from_headers(sent, origin)
-    assert again.headers() == sent, "sent on twice, it says something else"
+    again = from_headers(sent, _CLOCK, origin)
+    assert again.outgoing(_CLOCK) == sent, "sent on twice, it says something else"
 
 
 def seeds() -> Iterator[bytes]:
     whole = (
-        b"NATS/1.0\r\nPortcullis-Deadline: 1800000000000\r\nPortcullis-Request-Id: request-1\r\n"
+        b"NATS/1.0\r\nPortcullis-Deadline: 1800000000000\r\nPortcullis-Time-Left: 10000\r\nPortcullis-Request-Id: request-1\r\n"
         b"traceparent: 00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01\r\n"
         b"Portcullis-Timings: auth=0.410,limiter=0.520,detector_proxy=12.3\r\n\r\n"
     )
@@ -102,7 +105,7 @@ def seeds() -> Iterator[bytes]:
 
 
 def words() -> Iterator[str]:
-    headers = (DEADLINE_HEADER, REQUEST_ID_HEADER, TRACEPARENT_HEADER, TIMINGS_HEADER)
+    headers = (DEADLINE_HEADER, TIME_LEFT_HEADER, REQUEST_ID_HEADER, TRACEPARENT_HEADER, TIMINGS_HEADER)
     yield from (f"{name}: " for name in headers)
     yield from (
         "NATS/1.0",

@@ -37,39 +37,13 @@ from services.jobs.app import parts as jobs_parts
 from services.jobs.settings import Settings as JobSettings
 from services.limiter.app import parts as limiter_parts
 from services.limiter.settings import Settings as LimiterSettings
+from tests.bad_inputs import FOREIGN, NO_DEADLINES, UNREADABLE
 from tests.conftest import OPERATOR, free_port
 from tests.integration.auth_kit import Kit, credential, new_database
 
 KEY_ID = "0" * 12
 INBOXES = {"services": f"_INBOX.{OPERATOR}.hostile", "door": f"_INBOX.{KEY_ID}.hostile"}
 MAY_BE_SLOW_SECONDS = 20.0
-
-UNREADABLE = {
-    "nothing": b"",
-    "no UTF-8": b"\xff\xfe\x00",
-    "null": b"null",
-    "a list": b"[]",
-    "a string": b'"text"',
-    "half an object": b'{"key_id": "a"',
-    "NaN": b"NaN",
-    "NULs": b"\x00" * 100,
-    "deep lists": b"[" * 100_000,
-    "deep objects": b'{"a":' * 100_000,
-    "deep in what nobody reads": b'{"unknown": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
-    "a number without end": b"1" * 1_000_000,
-    "as large as may be": b" " * (MAX_PAYLOAD_BYTES - 1024),  # headers count, too
-}
-FOREIGN = (
-    subjects.EVENT_KEY_CHANGED,
-    subjects.DETECT_ADMITTED,
-    subjects.BREAKERS_RESET,
-    subjects.kick("N" * 56),
-    "$JS.API.STREAM.DELETE.JOB_ITEMS",
-    "$SYS._INBOX.x",
-    "_INBOX",
-    "somewhere._INBOX",
-    "_INBOX.é",
-)
 
 
 @dataclass
@@ -203,9 +177,7 @@ async def test_what_cannot_be_read_is_answered_so(world: World, name: str) -> No
         assert await world.error(reply) in (ErrorCode.BAD_REQUEST, ErrorCode.PAYLOAD_TOO_LARGE), subject
 
 
-@pytest.mark.parametrize(
-    "deadline", [None, "", "soon", "nan", "1e15", "0x7fffffffffffffff", "9" * 30, "9" * 400, "9" * 5000, "-" + "9" * 400]
-)
+@pytest.mark.parametrize("deadline", NO_DEADLINES)
 async def test_a_deadline_that_is_none_is_refused(world: World, deadline: str | None) -> None:
     headers = {name: value for name, value in context().headers().items() if name != DEADLINE_HEADER}
     if deadline is not None:

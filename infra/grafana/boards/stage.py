@@ -89,6 +89,13 @@ def dashboard() -> Dashboard:
                         unit="bytes",
                     ),
                     lines(
+                        "Tasks and open files",
+                        "At rest always as many: what only grows is something that is never let go.",
+                        (f"portcullis_event_loop_tasks{{{chosen}}}", f"{REPLICA} tasks"),
+                        (f"process_open_fds{{{chosen}}}", f"{REPLICA} files"),
+                        unit="short",
+                    ),
+                    lines(
                         "Running for",
                         "A fall to zero is a restart.",
                         (f"time() - process_start_time_seconds{{{chosen}}}", REPLICA),

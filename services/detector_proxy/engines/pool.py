@@ -19,7 +19,7 @@ import msgspec
 from libs.common import micro, telemetry
 from libs.common.bus import NoRespondersError, Response
 from libs.common.clock import Clock
-from libs.common.context import RequestContext, new_request_id, new_traceparent
+from libs.common.context import RequestContext
 from libs.common.contracts import DetectPayload, ErrorBody, Message, ModelItemResults, ModelItems, ModelRequest, ModelResult
 from libs.common.errors import ErrorCode, PortcullisError
 from libs.common.retries import RetryBudget
@@ -115,11 +115,11 @@ class PoolEngine:
         timeout_seconds: float,
         patience: float,
     ) -> _R:
-        ends = self._bus.clock.now() + timeout_seconds - MARGIN_SECONDS
+        ends = self._bus.clock.monotonic() + timeout_seconds - MARGIN_SECONDS
         failure = EngineError("no_time", counts=False)
         counts = False
         for attempt in range(1, MAX_ATTEMPTS + 1):
-            remaining = ends - self._bus.clock.now()
+            remaining = ends - self._bus.clock.monotonic()
             if remaining <= 0:
                 break
             if attempt > 1:
@@ -144,13 +144,9 @@ class PoolEngine:
     async def _ask(
         self, subject: str, request: Message, context: RequestContext, seconds: float, *, full: bool, again: bool
     ) -> msgspec.Raw:
-        # The worker gets this attempt's deadline: what we no longer wait for, it does not begin.
-        attempt = RequestContext(
-            deadline_ms=int((self._bus.clock.now() + seconds) * 1000),
-            request_id=context.request_id,
-            traceparent=context.traceparent,
-            attempt_of=context.attempt_of,
-        )
+        # The worker is told this attempt's end: what we no longer wait for, it does not begin. Not told by our clock, whose times
+        # would be past for it, or far away, where ours is wrong.
+        attempt = context.attempt(seconds, self._bus.clock)
         began = self._bus.clock.monotonic()
         try:
             response = await self._bus.request(subject, request, attempt, idempotent=True, again=again)
@@ -171,8 +167,7 @@ class PoolEngine:
 
     async def health(self) -> Health:
         """Up when a worker of this pool answers that it is."""
-        now = self._bus.clock.now()
-        context = RequestContext(int((now + PING_SECONDS) * 1000), new_request_id(), new_traceparent())
+        context = RequestContext.lasting(PING_SECONDS, self._bus.clock)
         answers = await self._bus.gather(POOL_PING, None, context, window_seconds=PING_SECONDS)
         states = []
         for answer in answers:

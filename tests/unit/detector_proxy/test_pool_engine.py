@@ -10,7 +10,7 @@ import pytest
 from libs.common import contracts, micro, telemetry
 from libs.common.bus import NoRespondersError, Response
 from libs.common.clock import ManualClock
-from libs.common.context import RequestContext
+from libs.common.context import RequestContext, from_headers
 from libs.common.contracts import (
     Coverage,
     DetectPayload,
@@ -53,6 +53,7 @@ class FakeBus:
         self.retry_budget = RetryBudget(self.clock)
         self.words = list(words)
         self.allotted: list[float] = []
+        self.sent: list[dict[str, str]] = []
         self.meanwhile: Callable[[float], Awaitable[None]] | None = None
         self.pings: list[bytes] = []
         self.text = "text"
@@ -60,11 +61,12 @@ class FakeBus:
     async def request(
         self, subject: str, message: Message, context: RequestContext, *, idempotent: bool = False, again: bool = False
     ) -> Response:
+        self.sent.append(context.outgoing(self.clock))
         assert subject == "model.v1.gpu"
         assert message == ModelRequest(text=self.text, detailed=True)
         assert idempotent
         assert again is bool(self.allotted) or self.meanwhile is not None
-        seconds = context.remaining_seconds(self.clock.now())
+        seconds = context.remaining_seconds(self.clock)
         self.allotted.append(seconds)
         word = self.words.pop(0)
         if isinstance(word, Silence):
@@ -101,6 +103,22 @@ async def test_the_first_worker_answers() -> None:
     bus = FakeBus(RESULT)
     await ask(bus)
     assert bus.allotted == [pytest.approx(ATTEMPT_SECONDS, abs=0.01)]
+
+
+async def test_workers_are_told_the_time_of_whoever_asked_and_not_ours() -> None:
+    """A clock of ours that is an hour slow made every text late for them, and a hung worker was waited for for an hour."""
+    bus, right = FakeBus(Silence(), Silence(), Silence()), ManualClock()
+    bus.clock._now -= 3600
+    request = from_headers(RequestContext.lasting(10, right).outgoing(right), bus.clock)
+    with pytest.raises(EngineError):
+        await PoolEngine(bus, "gpu").detect(TEXT, request, request.remaining_seconds(bus.clock))
+    assert sum(bus.allotted) <= 10
+    began = 0.0
+    for headers, seconds in zip(bus.sent, bus.allotted, strict=True):
+        then = ManualClock()
+        then.advance(began)
+        assert from_headers(headers, then).remaining_seconds(then) == pytest.approx(seconds, abs=0.01)
+        began += seconds
 
 
 @pytest.mark.parametrize("word", [ErrorCode.OVERLOADED, ErrorCode.INTERNAL, Silence(), b"garbage"])
@@ -241,7 +259,7 @@ class BulkBus(FakeBus):
         assert subject == "model.v1.gpu.batch"
         assert message == ModelItems(texts=("one", "two"), detailed=False)
         assert idempotent
-        seconds = context.remaining_seconds(self.clock.now())
+        seconds = context.remaining_seconds(self.clock)
         self.allotted.append(seconds)
         word = self.words.pop(0)
         if isinstance(word, Silence):

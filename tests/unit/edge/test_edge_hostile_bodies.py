@@ -10,6 +10,7 @@ import zlib
 import httpx
 import pytest
 
+from tests.bad_inputs import LONE_SURROGATES, NO_JSON, filled
 from tests.unit.edge.fakes import KEY, RECORD, FakeStages
 
 KEYED = {"X-API-Key": KEY}
@@ -28,29 +29,9 @@ CALLS = {
 """Method, path, headers, and a body with a place for a string."""
 UPLOADS = (KEYED, JOB)
 
-NO_JSON = {
-    "nothing": b"",
-    "not a number": b'{"confidence": NaN, %s}',
-    "infinity": b'{"confidence": Infinity, %s}',
-    "minus infinity": b'{"confidence": -Infinity, %s}',
-    "deep lists": b"[" * 200_000,
-    "deep objects": b'{"a":' * 200_000,
-    "deep in what nobody reads": b'{"x": ' + b"[" * 100_000 + b"]" * 100_000 + b", %s}",
-    "half a surrogate in UTF-8": b'{"x": "\xed\xa0\x80", %s}',
-    "overlong UTF-8": b'{"x": "\xc0\xaf", %s}',
-    "NUL as it is": b'{"x": "\x00", %s}',
-    "UTF-16": '{"text": "a"}'.encode("utf-16"),
-    "a byte order mark": b"\xef\xbb\xbf{%s}",
-    "something behind": b"{%s} {}",
-    "a comma too many": b"{%s,}",
-    "single quotes": b"{'text': 'a'}",
-    "a bomb": gzip.compress(b" " * 10_000_000),
-}
-
 
 def _filled(body: bytes, template: str) -> bytes:
-    good = (template % '"a"').encode()[1:-1]
-    return body.replace(b"%s", good)
+    return filled(body, (template % '"a"').encode()[1:-1])
 
 
 async def assert_refused(response: httpx.Response, status: int, began: float, stages: FakeStages) -> None:
@@ -71,7 +52,7 @@ async def test_what_is_no_json_is_400(client: httpx.AsyncClient, stages: FakeSta
 
 async def test_half_a_surrogate_is_no_text(client: httpx.AsyncClient, stages: FakeStages) -> None:
     for method, path, headers, template in CALLS.values():
-        for text in (r'"\ud800"', r'"a\udc00b"', r'"\udc00\ud800"'):
+        for text in LONE_SURROGATES:
             began = time.monotonic()
             response = await client.request(method, path, content=template % text, headers=headers)
             await assert_refused(response, 400, began, stages)
