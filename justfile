@@ -33,6 +33,16 @@ status: _runtime
 logs *arguments: _runtime
     @exec {{ python }} -m infra.embedded logs "$@"
 
+# Keep everything of the stopped stack in a folder: backup /backups/monday
+[no-cd, no-exit-message]
+backup folder: _runtime
+    @PYTHONPATH="{{ justfile_directory() }}" exec "{{ justfile_directory() }}/{{ python }}" -m infra.embedded backup "$1"
+
+# Bring a backup back, into a home that has nothing yet
+[no-cd, no-exit-message]
+restore folder: _runtime
+    @PYTHONPATH="{{ justfile_directory() }}" exec "{{ justfile_directory() }}/{{ python }}" -m infra.embedded restore "$1"
+
 # Start one service alone, with only its own dependencies, on the running stack (or on PORTCULLIS_NATS_URL …)
 [no-exit-message]
 service name:
