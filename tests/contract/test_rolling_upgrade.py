@@ -41,7 +41,8 @@ def least(kind: type[msgspec.Struct], full: dict[str, Any]) -> dict[str, Any]:
 
 def same(first: msgspec.Struct, second: msgspec.Struct) -> bool:
     """As plain data, less what a later release has put into embedded messages, which stay as they are on their way."""
-    return _known(msgspec.json.decode(msgspec.json.encode(first))) == _known(msgspec.json.decode(msgspec.json.encode(second)))
+    one, other = (_known(msgspec.json.decode(msgspec.json.encode(each))) for each in (first, second))
+    return bool(one == other)
 
 
 def _known(value: Any) -> Any:

@@ -23,12 +23,13 @@ Forms = dict[str, dict[str, Any]]
 
 def forms() -> Forms:
     """By message: which fields it has, of which form, and which of them must be there."""
-    kinds = [
+    kinds: list[type[msgspec.Struct]] = [
         kind
         for _, kind in inspect.getmembers(contracts, inspect.isclass)
         if issubclass(kind, contracts.Message) and kind is not contracts.Message
     ]
-    return {kind.__name__: _form(kind) for kind in sorted({*kinds, JobRecord}, key=lambda kind: kind.__name__)}
+    everything: list[type[msgspec.Struct]] = [*kinds, JobRecord]
+    return {kind.__name__: _form(kind) for kind in sorted(everything, key=lambda kind: kind.__name__)}
 
 
 def _form(kind: type[msgspec.Struct]) -> dict[str, Any]:
