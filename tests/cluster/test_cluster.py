@@ -115,7 +115,7 @@ def lines_of_the_job() -> bytes:
 async def submitted(session: aiohttp.ClientSession) -> tuple[Caller, str]:
     key = await register(session, rate_limit_per_minute=ITEMS_PER_MINUTE, rate_limit_per_day=1_000_000)
     caller = Caller(session, key, patience_seconds=PATIENCE_SECONDS)
-    return caller, await caller.submit(lines_of_the_job(), "the job")
+    return caller, await caller.submit(lines_of_the_job(), "the-job")
 
 
 async def test_nothing_is_lost_whatever_happens_to_a_server_of_the_cluster(cluster: Cluster) -> None:
