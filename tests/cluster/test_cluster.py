@@ -16,16 +16,18 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import aiohttp
+import nats
 import pytest
 
 from infra.embedded import welcome
-from libs.common.subjects import JOB_ITEMS_STREAM, JOB_RESULTS_STREAM
+from libs.common import keys
+from libs.common.subjects import DOOR_LIST, JOB_ITEMS_STREAM, JOB_RESULTS_STREAM, client_inbox
 from tests.chaos.kit import Caller, Load, callers, register, wait_for_detection
 from tests.chaos.questions import DISTINCT, is_right, question
 from tests.chaos.scenario import steady, well
@@ -144,6 +146,42 @@ async def test_nothing_is_lost_whatever_happens_to_a_server_of_the_cluster(clust
     assert (job["state"], job["done"], job["failed"]) == ("done", ITEMS, 0), job
     assert Counter(line["index"] for line in found) == Counter(range(ITEMS))
     assert not [line["index"] for line in found if not is_right(question(line["index"] % DISTINCT), line)]
+
+
+async def test_a_client_is_let_in_by_every_server_and_is_out_everywhere_when_its_key_is_revoked(cluster: Cluster) -> None:
+    await cluster.whole(WHOLE_SECONDS)
+    await asyncio.to_thread(wait_until, lambda: is_ready(cluster), timeout_seconds=WHOLE_SECONDS, what="the services")
+    async with callers(cluster.edge) as session:
+        key = await register(session)
+        parsed = keys.parse(key)
+        assert parsed is not None
+        clients, out = [], []
+        for node in cluster.nodes:
+            gone = asyncio.Event()
+            clients.append(
+                await nats.connect(
+                    node.server.url,
+                    token=key,
+                    inbox_prefix=client_inbox(parsed.key_id),
+                    allow_reconnect=False,
+                    closed_cb=as_callback(gone),
+                )
+            )
+            out.append(gone)
+        for client in clients:
+            answer = await client.request(DOOR_LIST.replace("*", parsed.key_id), b"{}", timeout=5)
+            assert json.loads(answer.data)["result"] == {"jobs": [], "next_before": None}
+        async with session.delete("/auth/key", headers={"X-API-Key": key}) as response:
+            assert response.status == 204
+        async with asyncio.timeout(20):
+            await asyncio.gather(*(gone.wait() for gone in out))
+
+
+def as_callback(event: asyncio.Event) -> Callable[[], Awaitable[None]]:
+    async def told() -> None:
+        event.set()
+
+    return told
 
 
 async def progress(caller: Caller, job_id: str) -> dict[str, object]:
