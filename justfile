@@ -33,6 +33,16 @@ status: _runtime
 logs *arguments: _runtime
     @exec {{ python }} -m infra.embedded logs "$@"
 
+# Keep everything of the stopped stack in a folder: backup /backups/monday
+[no-cd, no-exit-message]
+backup folder: _runtime
+    @PYTHONPATH="{{ justfile_directory() }}" exec "{{ justfile_directory() }}/{{ python }}" -m infra.embedded backup "$1"
+
+# Bring a backup back, into a home that has nothing yet
+[no-cd, no-exit-message]
+restore folder: _runtime
+    @PYTHONPATH="{{ justfile_directory() }}" exec "{{ justfile_directory() }}/{{ python }}" -m infra.embedded restore "$1"
+
 # Start one service alone, with only its own dependencies, on the running stack (or on PORTCULLIS_NATS_URL …)
 [no-exit-message]
 service name:
@@ -74,6 +84,11 @@ chaos *arguments: _development
 soak *arguments: _development
     @PORTCULLIS_TEST_SOAK_SECONDS="${PORTCULLIS_TEST_SOAK_SECONDS:-1800}" \
         exec {{ python }} -m pytest -s tests/chaos/test_soak.py "$@"
+
+# A NATS cluster and two machines with services in network namespaces (as root): a server killed, cut off, each restarted
+[no-exit-message]
+cluster *arguments: _development
+    @PORTCULLIS_TEST_CLUSTER=long exec {{ python }} -m pytest -s tests/cluster "$@"
 
 # Everything that is checked without running the product
 check: _development

@@ -1,4 +1,4 @@
-"""`./run up | down | status | logs`: the embedded stack on one machine."""
+"""`./run up | down | status | logs | backup | restore`: the embedded stack on one machine."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -17,7 +18,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from infra.embedded import control, logs, stack, welcome
+from infra.embedded import backup, control, logs, stack, welcome
 from infra.embedded.home import HOME_VARIABLE, ROOT, Home, HomeError, locate_home, open_home
 from infra.embedded.process import die_with_parent
 from infra.embedded.servers import ServerError
@@ -53,6 +54,11 @@ def main() -> int:
     logs_parser.add_argument("service", nargs="?")
     logs_parser.add_argument("-f", "--follow", action="store_true", help="and go on with new ones")
     logs_parser.add_argument("-n", "--lines", type=int, default=50)
+    for name, explained in (
+        ("backup", "keep everything in a folder, while it is stopped"),
+        ("restore", "bring it back from there"),
+    ):
+        commands.add_parser(name, help=explained).add_argument("folder", type=Path)
     arguments = parser.parse_args()
     os.umask(0o077)  # what is made in the home is its owner's
     try:
@@ -63,9 +69,13 @@ def main() -> int:
                 return down(locate_home(dict(os.environ)))
             case "status":
                 return status(locate_home(dict(os.environ)))
+            case "backup":
+                return save(open_home(dict(os.environ)), arguments.folder)
+            case "restore":
+                return bring_back(open_home(dict(os.environ)), arguments.folder)
             case _:
                 return show_logs(locate_home(dict(os.environ)), arguments.service, arguments.lines, follow=arguments.follow)
-    except (HomeError, ServerError, stack.StackError, control.ControlError, UpError) as error:
+    except (HomeError, ServerError, stack.StackError, control.ControlError, backup.BackupError, UpError) as error:
         print(f"portcullis: {error}", file=sys.stderr)
     except StoppedError:  # while we were stopping for another reason
         return 130
@@ -258,6 +268,28 @@ def status(home: Home) -> int:
     if nats_url := edge.get("nats"):
         console.print(f"{nats_url}  for clients with an API key")
     return 0 if answer.status == 200 else 1
+
+
+# --- backup, restore ---------------------------------------------------------------------------------------------------------
+
+
+def save(home: Home, folder: Path) -> int:
+    """Write a backup, and say what is in it."""
+    with home.lock():
+        kept = backup.backup(home, folder.absolute())
+    print(f"{folder} holds {', '.join(kept)}. It has every secret and the texts of waiting jobs: keep it as you keep those.")
+    return 0
+
+
+def bring_back(home: Home, folder: Path) -> int:
+    """Fill an empty home from a backup."""
+    with home.lock():
+        kept = backup.restore(home, folder.absolute())
+    print(f"Restored {', '.join(kept)} into {_short(home)}; start it with ./run up")
+    return 0
+
+
+# --- what they share ---------------------------------------------------------------------------------------------------------
 
 
 def _duration(seconds: float) -> str:

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from infra.embedded.home import locate_home
-from tests.bench import batch, normaliser, tracing
+from tests.bench import batch, footprint, normaliser, scale_out, tracing
 from tests.bench.load import BenchError, Measured, issued_key, texts
 
 WARM_UP_SECONDS = 1.0
@@ -68,6 +68,10 @@ def main() -> int:
         return normaliser.main(sys.argv[2:])
     if sys.argv[1:2] == ["batch"]:
         return batch.main(sys.argv[2:])
+    if sys.argv[1:2] == ["footprint"]:
+        return footprint.main(sys.argv[2:])
+    if sys.argv[1:2] == ["scale-out"]:
+        return scale_out.main(sys.argv[2:])
     if sys.argv[1:2] == ["tracing"]:
         return tracing.main(sys.argv[2:])
     port = os.environ.get("PORTCULLIS_EDGE_PORT", "8000")

@@ -97,6 +97,15 @@ async def test_a_service_works_over_tls(server: Server, trusted: Path, scheme: s
     await bus.drain()
 
 
+async def test_a_service_finds_the_server_of_a_list_that_is_there(server: Server, trusted: Path) -> None:
+    chosen = settings(f"tls://127.0.0.1:{free_port()}, {server.url}", trusted)
+    bus = Bus("limiter", chosen)
+    async with asyncio.timeout(20):
+        await connect(bus, chosen)
+    assert bus.connected
+    await bus.drain()
+
+
 async def test_the_server_takes_nobody_without_tls(server: Server) -> None:
     """What the tests above and below rest on."""
     with pytest.raises((nats.errors.Error, OSError)):
