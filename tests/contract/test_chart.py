@@ -96,7 +96,7 @@ def run(program: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
 
     def template(values: dict[str, Any]) -> subprocess.CompletedProcess[str]:
         values_file.write_text(json.dumps(values))
-        command = [program, "template", RELEASE, CHART, "--namespace", NAMESPACE, "--values", values_file]
+        command: list[str | Path] = [program, "template", RELEASE, CHART, "--namespace", NAMESPACE, "--values", values_file]
         return subprocess.run(command, capture_output=True, text=True, timeout=60)
 
     return template
