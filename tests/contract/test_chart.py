@@ -48,7 +48,7 @@ VALUES: dict[str, dict[str, Any]] = {
     "everything": {
         "image": {"registry": "registry.example.com/security", "tag": "1.2.3", "pullSecrets": ["registry"]},
         "secrets": OPTIONAL_SECRETS,
-        "nats": {"url": "tls://nats-0.nats:4222,tls://nats-1.nats:4222", "ca": {"name": "nats-ca", "key": "ca.pem"}},
+        "nats": {"url": "tls://nats-0.nats:4222,tls://nats-1.nats:4222", "userSuffix": "-b", "ca": {"name": "nats-ca", "key": "ca.pem"}},
         "env": {"PORTCULLIS_LOG_LEVEL": "WARNING", "OTEL_SERVICE_NAMESPACE": "guard"},
         "tracing": {"endpoint": "http://collector.observability:4318"},
         "services": {
@@ -328,12 +328,13 @@ def test_each_pod_is_told_what_its_service_accepts(rendered: dict[str, list[Mani
                 monkeypatch.delenv(variable["name"])
 
 
-def test_each_service_comes_to_nats_as_its_own_user(everything: list[Manifest]) -> None:
-    for component, pod in pods(everything).items():
+@pytest.mark.parametrize(("values", "suffix"), [("defaults", ""), ("everything", "-b")])
+def test_each_service_comes_to_nats_as_its_own_user(rendered: dict[str, list[Manifest]], values: str, suffix: str) -> None:
+    for component, pod in pods(rendered[values]).items():
         told = environment(pod)
         user = told["PORTCULLIS_NATS_USER"]["value"]
-        assert user == service_of(component)
-        assert user in PERMISSIONS
+        assert user == service_of(component) + suffix
+        assert user.removesuffix(suffix) in PERMISSIONS
         assert told["PORTCULLIS_NATS_PASSWORD"]["valueFrom"]["secretKeyRef"] == {"name": "portcullis-nats", "key": user}
 
 

@@ -103,8 +103,9 @@ http://{{ include "portcullis.fullname" . }}-console:4318
 - { name: PORTCULLIS_METRICS_PORT, value: "9464" }
 - { name: PORTCULLIS_DRAIN_SECONDS, value: {{ $values.drainSeconds | quote }} }
 - { name: PORTCULLIS_NATS_URL, value: {{ $values.nats.url | quote }} }
-- { name: PORTCULLIS_NATS_USER, value: {{ $service }} }
-{{ include "portcullis.secretEnv" (list "PORTCULLIS_NATS_PASSWORD" (dict "name" $secrets.natsPasswords.name "key" $service)) }}
+{{- $user := printf "%s%s" $service $values.nats.userSuffix }}
+- { name: PORTCULLIS_NATS_USER, value: {{ $user }} }
+{{ include "portcullis.secretEnv" (list "PORTCULLIS_NATS_PASSWORD" (dict "name" $secrets.natsPasswords.name "key" $user)) }}
 {{- if $values.nats.ca.name }}
 - { name: PORTCULLIS_NATS_TLS_CA, value: /etc/portcullis/nats/ca.crt }
 {{- end }}
