@@ -48,7 +48,11 @@ VALUES: dict[str, dict[str, Any]] = {
     "everything": {
         "image": {"registry": "registry.example.com/security", "tag": "1.2.3", "pullSecrets": ["registry"]},
         "secrets": OPTIONAL_SECRETS,
-        "nats": {"url": "tls://nats-0.nats:4222,tls://nats-1.nats:4222", "userSuffix": "-b", "ca": {"name": "nats-ca", "key": "ca.pem"}},
+        "nats": {
+            "url": "tls://nats-0.nats:4222,tls://nats-1.nats:4222",
+            "userSuffix": "-b",
+            "ca": {"name": "nats-ca", "key": "ca.pem"},
+        },
         "env": {"PORTCULLIS_LOG_LEVEL": "WARNING", "OTEL_SERVICE_NAMESPACE": "guard"},
         "tracing": {"endpoint": "http://collector.observability:4318"},
         "services": {
@@ -519,3 +523,18 @@ def test_every_value_that_may_be_set_has_a_default() -> None:
                 compare(inner, given[name], f"{path}.{name}")
 
     compare(schema, deepcopy(values), "")
+
+
+def test_the_page_names_values_that_there_are_and_leaves_none_out() -> None:
+    values = yaml.safe_load((CHART / "values.yaml").read_text())
+    named = {
+        path
+        for path in re.findall(r"`([a-z]\w*(?:\.\w+)*)`", (ROOT / "docs" / "operations" / "kubernetes.md").read_text())
+        if path.partition(".")[0] in values
+    }
+    assert {path.partition(".")[0] for path in named} == values.keys()
+    for path in named:
+        part = values
+        for key in path.split("."):
+            assert key in part, path
+            part = part[key]
