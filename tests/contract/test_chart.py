@@ -32,8 +32,10 @@ from tests.contract.configuration_page import SOURCES, own_settings
 from tests.helm_tools import helm
 from tests.metric_labels import LABELS
 from tests.metrics_kit import TARGET_LABELS, all_series, uses
+from tests.prometheus_tools import promtool
 
 ROOT = CHART.parents[2]
+PAGE = ROOT / "docs" / "operations" / "kubernetes.md"
 RELEASE, NAMESPACE = "guard", "security"
 NAME = "guard-portcullis"
 BATCH = "fallback-model-batch"
@@ -418,6 +420,40 @@ def test_workers_are_scaled_by_metrics_that_there_are(everything: list[Manifest]
             assert lanes <= set(LABELS["lane"].values)
 
 
+def page_scrapes() -> Manifest:
+    """The scrape configuration of the page, for a Prometheus without the operator."""
+    (block,) = re.findall(r"```yaml\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    return dict(yaml.safe_load(block))
+
+
+def test_metrics_are_collected_under_the_labels_that_dashboards_go_by(everything: list[Manifest]) -> None:
+    (monitor,) = of_kind(everything, "PodMonitor")
+    (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
+    assert selects(monitor["spec"]["selector"]["matchLabels"], everything) >= set(pods(everything))
+    (scrape,) = page_scrapes()["scrape_configs"]
+    by_hand = [
+        {"sourceLabels": each["source_labels"], "targetLabel": each.get("target_label")} for each in scrape["relabel_configs"]
+    ]
+    labels = [re.sub(r"\W", "_", label) for pod in pods(everything).values() for label in pod["metadata"]["labels"]]
+    for rules in (endpoint["relabelings"], by_hand):
+        assert {"service", "replica"} <= {rule.get("targetLabel") for rule in rules} <= {"service", "replica", "job", None}
+        for source in (source for rule in rules for source in rule.get("sourceLabels", ())):
+            assert source.removeprefix("__meta_kubernetes_pod_label_") in labels or "_label_" not in source, source
+    for pod in pods(everything).values():
+        assert pod["metadata"]["labels"]["portcullis/service"] in SERVICES
+        assert endpoint["port"] in {port["name"] for port in container(pod)["ports"]}
+
+
+def test_prometheus_takes_the_page_s_scrape_configuration(tmp_path: Path) -> None:
+    scrapes = page_scrapes()
+    # Debian builds its Prometheus without the discovery in Kubernetes; the rest is held to what it knows.
+    assert scrapes["scrape_configs"][0].pop("kubernetes_sd_configs") == [{"role": "pod"}]
+    path = tmp_path / "prometheus.yml"
+    path.write_text(yaml.safe_dump(scrapes))
+    done = subprocess.run([promtool(), "check", "config", path], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_the_batch_pool_is_scaled_to_zero_and_gives_way(everything: list[Manifest]) -> None:
     scaled = {component_of(each): each["spec"] for each in of_kind(everything, "ScaledObject")}
     assert scaled[BATCH]["minReplicaCount"] == 0
@@ -527,11 +563,7 @@ def test_every_value_that_may_be_set_has_a_default() -> None:
 
 def test_the_page_names_values_that_there_are_and_leaves_none_out() -> None:
     values = yaml.safe_load((CHART / "values.yaml").read_text())
-    named = {
-        path
-        for path in re.findall(r"`([a-z]\w*(?:\.\w+)*)`", (ROOT / "docs" / "operations" / "kubernetes.md").read_text())
-        if path.partition(".")[0] in values
-    }
+    named = {path for path in re.findall(r"`([a-z]\w*(?:\.\w+)*)`", PAGE.read_text()) if path.partition(".")[0] in values}
     assert {path.partition(".")[0] for path in named} == values.keys()
     for path in named:
         part = values
