@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 import redis
@@ -25,7 +26,7 @@ from services.limiter.failover import Health, Limiter
 from services.limiter.settings import Settings
 from tests.conftest import free_port, wait_until
 
-PASSWORD, SENTINELS_OWN = "the password", "their own"
+PASSWORD, SENTINELS_OWN = "p@ss/word", "their%own"
 LIMITS = (10, 1000)
 
 
@@ -62,7 +63,12 @@ def start(home: Path, port: int, password: str, more: str = "", *flags: str) -> 
     Path(path).write_text("\n".join((*lines, more)) + "\n")
     process = subprocess.Popen([program, path, *flags], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     started = Started(port, process, password)
-    wait_until(started.answers, what="Redis")
+    try:
+        wait_until(lambda: process.poll() is not None or started.answers(), what="Redis")
+        assert process.poll() is None, "Redis does not take its configuration"
+    except BaseException:
+        started.kill()
+        raise
     return started
 
 
@@ -77,18 +83,17 @@ class Watched:
     def url(self, *before: int) -> str:
         """With other addresses `before` the sentinel's."""
         addresses = ",".join(f"127.0.0.1:{port}" for port in (*before, self.sentinel.port))
-        own = SENTINELS_OWN.replace(" ", "%20")
-        return f"redis+sentinel://:{PASSWORD.replace(' ', '%20')}@{addresses}/mymaster/0?sentinel_password={own}"
+        return f"redis+sentinel://:{quote(PASSWORD, '')}@{addresses}/mymaster/0?sentinel_password={quote(SENTINELS_OWN)}"
 
 
 @pytest.fixture
 def watched(tmp_path: Path) -> Iterator[Watched]:
     running: list[Started] = []
-    quoted = f'masterauth "{PASSWORD}"\nrepl-diskless-sync yes\nrepl-diskless-sync-delay 0'
+    replicates = f'masterauth "{PASSWORD}"\nrepl-diskless-sync yes\nrepl-diskless-sync-delay 0'
     try:
         for name, more in (("primary", ""), ("replica", "replicaof 127.0.0.1 {}")):
             more = more.format(running[0].port) if running else more
-            running.append(start(tmp_path / name, free_port(), PASSWORD, f"{quoted}\n{more}"))
+            running.append(start(tmp_path / name, free_port(), PASSWORD, f"{replicates}\n{more}"))
         primary, replica = running
         knows = (
             f"sentinel monitor mymaster 127.0.0.1 {primary.port} 1\n"
