@@ -23,6 +23,8 @@ ENGINE_STATUS = "engine.status"  # up, degraded or down
 ENGINE_BREAKER = "engine.breaker"  # closed, open or half_open
 MODEL_NAME = "model.name"
 POOL = "pool"  # which pool a worker serves; without it, the default one
+LANES = "lanes"  # BULK_ONLY of a worker that takes the texts of batches and jobs alone; without it, it takes single texts too
+BULK_ONLY = "bulk"
 
 Status = Literal["ok", "degraded", "down"]
 

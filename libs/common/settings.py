@@ -24,8 +24,12 @@ class CommonSettings(BaseSettings):
     stream_replicas: Annotated[int, Field(ge=1, le=5)] = 1
     """So many servers of a NATS cluster keep each stream and bucket: 1, 3 or 5. Used only when one does not exist yet."""
     metrics_port: Annotated[int, Field(ge=0, le=65535)] = 0
-    """Where this process serves /metrics on `metrics_host`; 0: nowhere."""
+    """Where this process serves /metrics, /health/live and /health/ready on `metrics_host`; 0: nowhere."""
     metrics_host: str = "127.0.0.1"
+    """`0.0.0.0` where whoever collects or probes is elsewhere; keep strangers from it."""
+    drain_seconds: Annotated[float, Field(gt=0, le=600)] = 15.0
+    """On SIGTERM, how long work in hand may still take. Longer than the longest deadline in use, and shorter than whoever stops
+    the process waits before it kills it."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     log_format: Literal["auto", "json", "text"] = "auto"
     trace_per_second: Annotated[int, Field(ge=0)] = 10

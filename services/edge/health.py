@@ -79,7 +79,7 @@ def missing(fleet: Fleet) -> tuple[str, ...]:
     """What a detection would need and does not have; empty: one would be answered now."""
     lacking = [] if fleet.connected else ["nats"]
     lacking += [service for service in _NEEDED if not fleet.usable(service)]
-    if not (_engine_answers(fleet) or fleet.usable("fallback_model")):
+    if not (_engine_answers(fleet) or _pool_answers(fleet)):
         lacking.append("engine")
     return tuple(lacking)
 
@@ -141,6 +141,14 @@ def _engine_answers(fleet: Fleet) -> bool:
     return any(
         proxy.get(micro.ENGINE_STATUS) in ("up", "degraded") and proxy.get(micro.ENGINE_BREAKER) != "open"
         for proxy in fleet.replicas.get("detector_proxy", ())
+    )
+
+
+def _pool_answers(fleet: Fleet) -> bool:
+    """Whether some worker takes single texts."""
+    return any(
+        worker.get(micro.STATUS) != "down" and worker.get(micro.LANES) != micro.BULK_ONLY
+        for worker in fleet.replicas.get("fallback_model", ())
     )
 
 

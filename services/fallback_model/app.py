@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager
 from libs.common.bus import Bus
 from libs.common.clock import SystemClock
 from libs.common.contracts import ModelItems, ModelRequest
-from libs.common.micro import MODEL_NAME, POOL
+from libs.common.micro import BULK_ONLY, LANES, MODEL_NAME, POOL
 from libs.common.service import ConfigurationError, run
 from libs.common.subjects import model_pool, model_pool_batch
 from services.fallback_model import handlers, metrics, processors
@@ -64,13 +64,16 @@ async def parts(bus: Bus, settings: FallbackModelSettings) -> AsyncIterator[None
         raise ConfigurationError(f"{error}; set PORTCULLIS_MODEL_DIR to a model directory") from None
     bus.status.set(POOL, settings.model_pool)
     _show(bus, slot, settings)
-    bus.stage(
-        model_pool(settings.model_pool),
-        ModelRequest,
-        functools.partial(handlers.detect, slot=slot, clock=bus.clock),
-        max_in_flight=_MAX_IN_FLIGHT,
-        waiting=lambda: slot.detector.waiting,
-    )
+    if settings.model_bulk_only:
+        bus.status.set(LANES, BULK_ONLY)
+    else:
+        bus.stage(
+            model_pool(settings.model_pool),
+            ModelRequest,
+            functools.partial(handlers.detect, slot=slot, clock=bus.clock),
+            max_in_flight=_MAX_IN_FLIGHT,
+            waiting=lambda: slot.detector.waiting,
+        )
     bus.stage(
         model_pool_batch(settings.model_pool),
         ModelItems,

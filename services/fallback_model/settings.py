@@ -22,6 +22,8 @@ class FallbackModelSettings(CommonSettings):
     """A directory of this project's form, or a Hugging Face export for sequence classification. SIGHUP reads it again."""
     model_pool: Annotated[str, Field(pattern=r"^[a-z0-9_-]{1,32}$")] = DEFAULT_POOL
     """The pool that this worker belongs to: it takes texts from `model.v1.<pool>`."""
+    model_bulk_only: bool = False
+    """Take the texts of batches and jobs only, beside workers of the same pool that take both."""
     model_sessions: Annotated[int, Field(ge=0, le=64)] = 0
     """Sessions that score batches side by side; 0: by the processors that this container may use."""
     model_threads: Annotated[int, Field(ge=0, le=64)] = 0

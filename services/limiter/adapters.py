@@ -13,10 +13,17 @@ from typing import Any, cast
 
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
+from redis.asyncio.sentinel import (
+    Sentinel,
+    SentinelConnectionPool,
+    SentinelManagedConnection,
+    SentinelManagedSSLConnection,
+)
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
 from libs.common import telemetry, tracing
+from services.limiter.address import Sentinels, sentinels
 from services.limiter.core import Decision, Policy
 from services.limiter.lua import SCRIPT, Wire
 from services.limiter.metrics import REDIS_DURATION
@@ -26,6 +33,8 @@ log = logging.getLogger(__name__)
 
 TIMEOUT_SECONDS = 0.1
 TIMEOUT_SLICES = 4
+SENTINEL_SECONDS = TIMEOUT_SECONDS / 4
+"""How long one sentinel may take to say where the primary is: there is time to ask the next ones when it does not answer."""
 MAX_CONNECTIONS = 4
 MAX_BATCH = 64
 
@@ -54,18 +63,49 @@ def connect(url: str) -> Redis:
     No timeout of redis-py's own is set: it would count connecting, greeting, writing and reading each anew, and its timeout for
     a write starts a task each time. `_within_the_timeout` bounds all of it together.
     """
-    pool = BlockingConnectionPool.from_url(
-        url,
-        max_connections=MAX_CONNECTIONS + 1,
-        timeout=TIMEOUT_SECONDS,
-        retry=Retry(NoBackoff(), 0),
-        socket_timeout=None,
-        socket_connect_timeout=None,
-        driver_info=None,
-        protocol=2,
-    )
+    ways: dict[str, Any] = {
+        "max_connections": MAX_CONNECTIONS + 1,
+        "timeout": TIMEOUT_SECONDS,
+        "retry": Retry(NoBackoff(), 0),
+        "socket_timeout": None,
+        "socket_connect_timeout": None,
+        "driver_info": None,
+        "protocol": 2,
+    }
+    known = sentinels(url)
+    pool = BlockingConnectionPool.from_url(url, **ways) if known is None else _watched(known, ways)
     telemetry.CONNECTIONS_LIMIT.labels("redis").set(MAX_CONNECTIONS + 1)
     return Redis.from_pool(pool)
+
+
+class _WatchedPool(SentinelConnectionPool, BlockingConnectionPool):
+    """redis-py's pool of connections to the primary that sentinels name, waiting for one as ours does instead of refusing."""
+
+    async def disconnect(self, inuse_connections: bool = True) -> None:
+        await super().disconnect(inuse_connections)
+        if inuse_connections:  # not when the primary has changed: the client is being closed
+            await self.sentinel_manager.aclose()
+
+
+def _watched(known: Sentinels, ways: dict[str, Any]) -> BlockingConnectionPool:
+    asking = {
+        **known.own,
+        "ssl": known.tls,
+        "socket_timeout": SENTINEL_SECONDS,
+        "socket_connect_timeout": SENTINEL_SECONDS,
+        "retry": ways["retry"],
+    }
+    manager = Sentinel(known.addresses, sentinel_kwargs=asking)  # type: ignore[no-untyped-call]
+    kind = SentinelManagedSSLConnection if known.tls else SentinelManagedConnection
+    return _WatchedPool(known.primary, manager, connection_class=kind, **known.connection, **ways)  # type: ignore[no-untyped-call]
+
+
+async def is_cluster(client: Redis) -> bool:
+    """Whether that Redis is a node of a Redis Cluster. False also when it does not say."""
+    with contextlib.suppress(StoreUnavailableError):
+        told = await _within_the_timeout(client.info("cluster"))
+        return bool(told.get("cluster_enabled"))
+    return False
 
 
 async def _within_the_timeout(call: Awaitable[Any]) -> Any:

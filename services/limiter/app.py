@@ -13,7 +13,9 @@ from redis.asyncio import Redis
 from libs.common import micro, subjects, tasks
 from libs.common.bus import Bus
 from libs.common.contracts import AnsweredAccount, AuthenticatedAdmission, AuthenticatedDetect, RegisterRequest
+from libs.common.service import ConfigurationError
 from services.limiter import adapters, handlers
+from services.limiter.address import NO_CLUSTER
 from services.limiter.core import PER_ADDRESS, PER_KEY, Policy
 from services.limiter.failover import Health, Limiter
 from services.limiter.metrics import WAITING
@@ -51,6 +53,9 @@ async def parts(bus: Bus, settings: Settings, *, per_key: Policy = PER_KEY) -> A
         partial(handlers.register, limiter=addresses, rng=rng, per_hour=settings.register_per_hour),
     )
     await health.check()
+    if health.up and await adapters.is_cluster(client):
+        await client.aclose()
+        raise ConfigurationError(f"PORTCULLIS_REDIS_URL: {NO_CLUSTER}")
     watching = asyncio.create_task(health.watch())
     try:
         yield

@@ -5,14 +5,15 @@ from __future__ import annotations
 from typing import Annotated
 
 from pydantic import Field, SecretStr, field_validator
-from redis.asyncio.connection import parse_url
 
 from libs.common.settings import CommonSettings
+from services.limiter.address import ClusterError, sentinels
 
 
 class Settings(CommonSettings):
     redis_url: SecretStr = SecretStr("redis://127.0.0.1:6379/0")
-    """redis://, rediss:// or unix://; a primary, not a Redis Cluster."""
+    """`redis://`, `rediss://` or `unix://`, of a primary; or `redis+sentinel://:password@host:26379,host:26379/mymaster/0` of its
+    sentinels (`rediss+sentinel://`: TLS to all; `?sentinel_password=…`: their own). A Redis Cluster is refused."""
     register_per_hour: Annotated[int, Field(ge=1)] = 30
     """Registrations from one address (IPv6: from one /64) in any hour."""
     limiter_local_keys: Annotated[int, Field(ge=1)] = 10_000
@@ -22,7 +23,9 @@ class Settings(CommonSettings):
     @classmethod
     def _can_be_parsed(cls, url: SecretStr) -> SecretStr:
         try:
-            parse_url(url.get_secret_value())
+            sentinels(url.get_secret_value())
+        except ClusterError:
+            raise
         except ValueError:
             # redis-py's own sentence may quote the URL, and with it a password.
             raise ValueError("not a Redis URL such as redis://:password@host:6379/0") from None

@@ -199,6 +199,33 @@ async def test_drain_finishes_everything_that_was_delivered(make_bus: MakeBus) -
     assert all(answer.reply.error is None for answer in answers)
 
 
+async def test_a_drain_gives_up_on_what_takes_longer_than_it_may(nats_server: Server, nats_passwords: dict[str, str]) -> None:
+    password = SecretStr(nats_passwords["auth"])
+    settings = CommonSettings(nats_url=nats_server.url, nats_user="auth", nats_password=password, drain_seconds=0.1)
+    bus = Bus("auth", settings)
+    begun = asyncio.Event()
+
+    async def never(_: Ping, __: RequestContext) -> Answer:
+        begun.set()
+        await asyncio.Event().wait()
+        return Answer(None)
+
+    bus.stage(subjects.BREAKERS_RESET_REQUEST, Ping, never)
+    edge = Bus(
+        "edge", CommonSettings(nats_url=nats_server.url, nats_user="edge", nats_password=SecretStr(nats_passwords["edge"]))
+    )
+    async with started(edge):
+        await bus.connect()
+        await bus.start()
+        asked = asyncio.create_task(edge.request(subjects.BREAKERS_RESET_REQUEST, Ping(), context(60)))
+        async with asyncio.timeout(10):  # by default it would wait for 15 s
+            await begun.wait()
+            await bus.drain()
+        assert not asked.done()
+        asked.cancel()
+        await asyncio.gather(asked, return_exceptions=True)
+
+
 async def test_what_a_dead_stage_had_in_hand_is_sent_again(make_bus: MakeBus) -> None:
     edge, first, second = make_bus("edge"), make_bus("auth"), make_bus("auth")
     taken: asyncio.Queue[str] = asyncio.Queue()

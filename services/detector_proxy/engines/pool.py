@@ -166,7 +166,7 @@ class PoolEngine:
         return response.reply.result
 
     async def health(self) -> Health:
-        """Up when a worker of this pool answers that it is."""
+        """Up when a worker of this pool that takes single texts answers that it is."""
         context = RequestContext.lasting(PING_SECONDS, self._bus.clock)
         answers = await self._bus.gather(POOL_PING, None, context, window_seconds=PING_SECONDS)
         states = []
@@ -175,7 +175,7 @@ class PoolEngine:
                 metadata = _decode_ping(answer).metadata
             except ValueError:
                 continue
-            if metadata.get(micro.POOL, DEFAULT_POOL) == self._pool:
+            if metadata.get(micro.POOL, DEFAULT_POOL) == self._pool and metadata.get(micro.LANES) != micro.BULK_ONLY:
                 states.append(metadata.get(micro.STATUS, "ok"))
         if "ok" in states:
             return "up"

@@ -234,6 +234,7 @@ def ping(**metadata: str) -> bytes:
         ([ping(**{micro.POOL: "gpu", micro.STATUS: "down"})], "down"),
         ([ping(**{micro.POOL: "other", micro.STATUS: "ok"})], "down"),
         ([ping(**{micro.STATUS: "ok"})], "down"),  # a worker of the default pool
+        ([ping(**{micro.POOL: "gpu", micro.STATUS: "ok", micro.LANES: micro.BULK_ONLY})], "down"),
         ([b"garbage", b"\xff", ping(**{micro.POOL: "gpu", micro.STATUS: "ok"})], "up"),
     ],
 )

@@ -68,6 +68,13 @@ def test_an_engine_or_the_pool_must_be_able_to_answer(answers: list[bytes], stat
     assert health.describe(fleet_of(answers, connected=True)).status == status
 
 
+def test_workers_that_take_no_single_texts_cannot_stand_in_for_the_engine() -> None:
+    bulk = ping("fallback-model", {micro.LANES: micro.BULK_ONLY}, replica="bulk")
+    rest = [*without("detector-proxy", "fallback-model"), proxy(says="degraded", breaker="open")]
+    assert health.missing(fleet_of([*rest, bulk], connected=True)) == ("engine",)
+    assert health.missing(fleet_of([*rest, bulk, ping("fallback-model", {})], connected=True)) == ()
+
+
 def test_the_worst_replica_speaks_for_the_engine() -> None:
     answers = [*without("detector-proxy"), proxy(), proxy(replica="2", breaker="open")]
     assert health.describe(fleet_of(answers, connected=True)).engine.breaker == "open"

@@ -11,17 +11,20 @@ from pathlib import Path
 
 import pytest
 
-from libs.common import contracts, tracing
-from libs.common.bus import Answer
+from libs.common import contracts, micro, tracing
+from libs.common.bus import Answer, Bus
 from libs.common.clock import ManualClock
 from libs.common.context import RequestContext
 from libs.common.contracts import ModelItemResults, ModelItems, ModelRequest, ModelResult
 from libs.common.errors import ErrorCode, PortcullisError
+from libs.common.subjects import DEFAULT_POOL, model_pool, model_pool_batch
 from libs.common.tracing import Recorder
 from services.fallback_model import handlers, labels, processors
+from services.fallback_model.app import parts
 from services.fallback_model.batcher import Batcher, Limits
 from services.fallback_model.detector import Detector, Model, Prepared
 from services.fallback_model.paths import DEFAULT_MODEL
+from services.fallback_model.settings import FallbackModelSettings
 from services.fallback_model.swap import Slot
 
 CLOCK = ManualClock()
@@ -45,6 +48,16 @@ def make(model: Model, limits: Limits | None = None, bulk_limits: Limits | None 
 
 def test_threat_types_are_those_of_the_contract() -> None:
     assert labels.THREATS == contracts.THREAT_TYPES
+
+
+@pytest.mark.parametrize("bulk_only", [False, True])
+async def test_a_worker_may_take_the_texts_of_batches_and_jobs_only(bulk_only: bool) -> None:
+    settings = FallbackModelSettings(model_sessions=1, model_bulk_only=bulk_only)
+    bus = Bus("fallback_model", settings)
+    async with parts(bus, settings):
+        taken = [stage.subject for stage in bus._stages]
+        assert taken == ([] if bulk_only else [model_pool(DEFAULT_POOL)]) + [model_pool_batch(DEFAULT_POOL)]
+        assert bus.status.metadata.get(micro.LANES) == (micro.BULK_ONLY if bulk_only else None)
 
 
 async def test_an_attack_crosses_the_bus_with_all_that_was_asked_for(model: Model) -> None:

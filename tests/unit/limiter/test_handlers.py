@@ -195,7 +195,20 @@ async def test_an_address_registers_so_many_keys_in_any_hour() -> None:
     await register("192.0.2.1")
 
 
-@pytest.mark.parametrize("url", ["127.0.0.1:6379", "http://secret-host:6379", "redis://user:secret@host:port/0", ""])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "127.0.0.1:6379",
+        "http://secret-host:6379",
+        "redis://user:secret@host:port/0",
+        "",
+        "redis+sentinel://:secret@host:26379/",
+        "redis+sentinel://:secret@host:26379,/mymaster",
+        "redis+sentinel://:secret@host:port/mymaster",
+        "redis+sentinel://:secret@host:26379/mymaster/zero",
+        "unix+sentinel://:secret@host:26379/mymaster",
+    ],
+)
 def test_a_malformed_redis_url_is_refused_without_being_shown(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PORTCULLIS_REDIS_URL", url)
     with pytest.raises(ValidationError) as caught:
