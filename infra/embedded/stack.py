@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 import sys
 from collections.abc import Mapping
@@ -24,7 +25,8 @@ OPERATOR = "operator"
 """The NATS user of whoever runs the system; it may use every subject."""
 
 DRAIN_SECONDS = 20
-"""A service finishes what it has in hand within 15 s (`libs.common.bus`); then it is killed."""
+"""A service finishes what it has in hand within 15 s (`PORTCULLIS_DRAIN_SECONDS`), and is killed a while after that."""
+STOP_RESERVE_SECONDS = 5
 
 EDGE_BACKLOG = 2048
 """Connections that wait while the edge is busy or restarts; the kernel cuts it to net.core.somaxconn."""
@@ -288,6 +290,14 @@ def configuration(home: Home, programs: tuple[Program, ...]) -> str:
     )
 
 
+def _stop_seconds(environment: Mapping[str, str]) -> int:
+    """How long a service may take to stop. A number that is none its own process complains about."""
+    asked = environment.get("PORTCULLIS_DRAIN_SECONDS", "")
+    if not asked.replace(".", "", 1).isdecimal():
+        return DRAIN_SECONDS
+    return max(DRAIN_SECONDS, math.ceil(float(asked)) + STOP_RESERVE_SECONDS)
+
+
 def _program_section(home: Home, program: Program) -> dict[str, str]:
     process = f"{program.name}_%(process_num)d"
     child = [sys.executable, "-I", "-S", str(Path(__file__).with_name("child.py"))]
@@ -316,7 +326,7 @@ def _program_section(home: Home, program: Program) -> dict[str, str]:
         "autorestart": "true",
         "startsecs": "0",
         "stopsignal": program.stop_signal,
-        "stopwaitsecs": str(DRAIN_SECONDS),
+        "stopwaitsecs": str(_stop_seconds(program.environment)),
         "killasgroup": "true",
         "redirect_stderr": "true",
         "stdout_logfile": f"{home.logs}/{process}.log",

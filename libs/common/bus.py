@@ -77,7 +77,6 @@ T = TypeVar("T", bound=Message)
 # A hung server must be noticed long before nats-py's default of two missed pings 120 s apart.
 PING_INTERVAL_SECONDS = 2
 RECONNECT_WAIT_SECONDS = 0.1
-DRAIN_TIMEOUT_SECONDS = 15.0
 RESEND_GRACE_SECONDS = 0.05
 """How long an answer may still come after a stage's death before the request is sent again."""
 MAX_DOOR_BYTES = 1024 * 1024
@@ -376,6 +375,7 @@ class Bus:
         self._hops = hops.Hops()
         self._telling: asyncio.Task[None] | None = None
         self._draining = False
+        self._drain_seconds = settings.drain_seconds
         self._micro: micro.MicroService | None = None
         self._decode_reply = msgspec.json.Decoder(Reply).decode
         telemetry.NATS_CONNECTED.set_function(lambda: self.connected)
@@ -521,7 +521,7 @@ class Bus:
             await asyncio.gather(*(self._drain_subscriber(subscriber) for subscriber in self.broker.subscribers))
             in_hand = [task for stage in self._stages for task in stage.tasks]
             if in_hand:
-                await asyncio.wait(in_hand, timeout=DRAIN_TIMEOUT_SECONDS)
+                await asyncio.wait(in_hand, timeout=self._drain_seconds)
             for hook in self.on_drained:
                 await hook()
             if self._telling is not None:

@@ -18,6 +18,7 @@ from libs.common import VERSION, tasks, telemetry, trace_export
 from libs.common import settings as settings_module
 from libs.common.bus import Bus
 from libs.common.guard import PlainTextError
+from libs.common.probes import ProcessHealth
 from libs.common.settings import CommonSettings
 
 log = logging.getLogger(__name__)
@@ -102,8 +103,9 @@ async def _serve(service: str, settings: S, parts: Parts[S], front: Front[S]) ->
 
 
 async def _serve_on(bus: Bus, settings: S, parts: Parts[S], front: Front[S], stop: asyncio.Event) -> int:
+    health = ProcessHealth()
     async with AsyncExitStack() as outside:
-        for beside in (telemetry.serve_metrics(settings), telemetry.watch_loop()):
+        for beside in (telemetry.serve_metrics(settings, health), telemetry.watch_loop(health)):
             outside.push_async_callback(tasks.end, asyncio.create_task(beside))
         connecting: asyncio.Task[None] = asyncio.create_task(connect(bus, settings))
         outside.push_async_callback(_end_unless_done, connecting)
@@ -116,6 +118,7 @@ async def _serve_on(bus: Bus, settings: S, parts: Parts[S], front: Front[S], sto
                 return 0
             await bus.start()
             log.info("ready")
+            health.takes_work = lambda: bus.connected and not stop.is_set()
             lost = asyncio.ensure_future(bus.closed.wait())
             stopped = asyncio.ensure_future(stop.wait())
             await asyncio.wait({lost, stopped}, return_when=asyncio.FIRST_COMPLETED)

@@ -37,8 +37,12 @@ class CommonSettings(BaseSettings):
     nats_tls_ca: str | None = None
     """Path of the CA certificate with which the server's is checked; set for tls:// URLs with a private CA."""
     metrics_port: Annotated[int, Field(ge=0, le=65535)] = 0
-    """Where this process serves /metrics on `metrics_host`; 0: nowhere."""
+    """Where this process serves /metrics, /health/live and /health/ready on `metrics_host`; 0: nowhere."""
     metrics_host: str = "127.0.0.1"
+    """`0.0.0.0` where whoever collects or probes is elsewhere; keep strangers from it."""
+    drain_seconds: Annotated[float, Field(gt=0, le=600)] = 15.0
+    """On SIGTERM, how long work in hand may still take. Longer than the longest deadline in use, and shorter than whoever stops
+    the process waits before it kills it."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     log_format: Literal["auto", "json", "text"] = "auto"
     trace_per_second: Annotated[int, Field(ge=0)] = 10

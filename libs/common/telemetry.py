@@ -12,7 +12,8 @@ from typing import Any
 import msgspec
 from prometheus_client import Counter, Gauge, Histogram, disable_created_metrics, start_http_server
 
-from libs.common import tracing
+from libs.common import probes, tracing
+from libs.common.probes import ProcessHealth
 from libs.common.settings import CommonSettings
 
 log = logging.getLogger(__name__)
@@ -111,15 +112,16 @@ def setup_logging(service: str, instance: str, settings: CommonSettings) -> None
     logging.basicConfig(level=settings.log_level, handlers=[handler], force=True)
 
 
-async def serve_metrics(settings: CommonSettings) -> None:
-    """Serve /metrics of this process on its own port, if one is configured.
+async def serve_metrics(settings: CommonSettings, health: ProcessHealth) -> None:
+    """Serve /metrics of this process, and what probes ask it, on its own port, if one is configured.
 
     A port that is taken is tried again for ever: that nobody can look must not keep a service from its work.
     """
     waiting = False
     while settings.metrics_port:
         try:
-            start_http_server(settings.metrics_port, addr=settings.metrics_host)
+            server, _ = start_http_server(settings.metrics_port, addr=settings.metrics_host)
+            server.set_app(probes.beside(server.get_app(), health))  # type: ignore[arg-type]  # typeshed has its own alias
         except OSError as error:
             if not waiting:
                 log.warning("metrics are not served on %s:%d yet: %s", settings.metrics_host, settings.metrics_port, error)
@@ -129,10 +131,11 @@ async def serve_metrics(settings: CommonSettings) -> None:
             return
 
 
-async def watch_loop() -> None:
-    """Measure for ever how late the event loop is."""
+async def watch_loop(health: ProcessHealth) -> None:
+    """Measure for ever how late the event loop is, and tell `health` that it turns."""
     loop = asyncio.get_running_loop()
     while True:
         due = loop.time() + LAG_EVERY_SECONDS
         await asyncio.sleep(LAG_EVERY_SECONDS)
         LOOP_LAG.observe(max(0.0, loop.time() - due))
+        health.beat()

@@ -29,8 +29,6 @@ LINGER_SECONDS = 5.0
 """After an answer that did not wait for the body, how long its rest is read and thrown away before the connection is cut.
 Closing at once would reset the connection, and take the answer from a caller that is still sending."""
 POLL_SECONDS = 0.02
-MESSAGE_TOO_OLD_SECONDS = 15.0
-"""How long a stop waits for calls in hand: longer than any deadline and body timeout by default."""
 BACKLOG = 2048
 
 
@@ -213,10 +211,11 @@ class Protocol(HttpToolsProtocol):
 class Server(uvicorn.Server):
     """Stops so that nobody notices, and leaves the signals to the service that it is a part of."""
 
-    def __init__(self, config: uvicorn.Config, gate: Gate, grace_seconds: float) -> None:
+    def __init__(self, config: uvicorn.Config, gate: Gate, *, grace_seconds: float, drain_seconds: float) -> None:
         super().__init__(config)
         self._gate = gate
         self._grace_seconds = grace_seconds
+        self._drain_seconds = drain_seconds
         self.listening = asyncio.Event()
 
     @contextlib.contextmanager
@@ -243,7 +242,7 @@ class Server(uvicorn.Server):
             for connection in self._connections():
                 if connection.idle:
                     connection.transport.close()
-            await self._gone(MESSAGE_TOO_OLD_SECONDS, idle_too=False)
+            await self._gone(self._drain_seconds, idle_too=False)
         for connection in self._connections():
             connection.transport.abort()
 
@@ -310,7 +309,7 @@ async def serving(gate: Gate, settings: EdgeSettings) -> AsyncIterator[None]:
         timeout_keep_alive=settings.keep_alive_seconds,
         backlog=BACKLOG,
     )
-    server = Server(config, gate, settings.edge_stop_grace_seconds)
+    server = Server(config, gate, grace_seconds=settings.edge_stop_grace_seconds, drain_seconds=settings.drain_seconds)
     task: asyncio.Task[Any] = asyncio.create_task(server.serve(sockets=[listener]))
     try:
         await server.listening.wait()

@@ -17,6 +17,7 @@ import aiohttp
 import pytest
 import yaml
 
+from libs.common.probes import LIVE_PATH, READY_PATH
 from libs.common.subjects import SERVICES
 from tests.chaos.kit import ATTACK, BENIGN, ROOT, Stack, callers, register
 from tests.conftest import free_port, wait_until
@@ -113,6 +114,14 @@ async def job_is_done(session: aiohttp.ClientSession, key: str) -> None:
         async with session.get(location, headers=headers) as response:
             state = (await response.json())["state"]
         await asyncio.sleep(0.1)
+
+
+async def test_every_process_says_that_it_runs_and_takes_work(stack: Stack) -> None:
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(10)) as session:
+        for service, addresses in targets(stack).items():
+            for path in (LIVE_PATH, READY_PATH):
+                async with session.get(f"http://{addresses[0]}{path}") as response:
+                    assert response.status == 200, (service, path)
 
 
 async def test_a_stack_exports_what_is_declared(stack: Stack) -> None:

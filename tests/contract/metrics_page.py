@@ -17,6 +17,8 @@ writes them all to `.portcullis/prometheus/targets.json`, which
 [`infra/prometheus/prometheus.yml`](../../infra/prometheus/prometheus.yml) reads; Prometheus adds the labels `service` and
 `replica` from there. Beside what is listed here each process shows what the client library tells of it: `process_*`, `python_*`.
 
+The same port answers whoever probes the process: `/health/live` (its event loop turns) and `/health/ready` (it takes work).
+
 `/metrics` of the gateway itself needs no key and shows strangers only calls, their durations and how full the edge is, without
 those of administrators. Of several edges it shows the one that answers; scrape the processes.
 

@@ -42,6 +42,12 @@ def test_a_url_replaces_its_server(home: Home) -> None:
     assert all(one["PORTCULLIS_NATS_URL"] == NO_SERVERS["PORTCULLIS_NATS_URL"] for one in environments(planned).values())
 
 
+@pytest.mark.parametrize(("drain", "seconds"), [("60", 65), ("0.5", 20), ("soon", 20), ("", 20)])
+def test_whoever_may_take_longer_to_stop_is_killed_later(home: Home, drain: str, seconds: int) -> None:
+    planned = plan(home, NO_SERVERS | {"PORTCULLIS_DRAIN_SECONDS": drain})
+    assert stack.configuration(home, planned.programs).count(f"stopwaitsecs = {seconds}\n") == len(SERVICES)
+
+
 def test_external_servers_are_named_without_their_credentials() -> None:
     named = " ".join(stack.external_hosts(NO_SERVERS))
     assert "nats.example:4222" in named
