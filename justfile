@@ -67,6 +67,11 @@ chaos *arguments: _development
     @PORTCULLIS_TEST_CHAOS=long PORTCULLIS_TEST_STORM_SECONDS="${PORTCULLIS_TEST_STORM_SECONDS:-600}" \
         exec {{ python }} -m pytest -s tests/chaos/test_matrix.py tests/chaos/test_storms.py "$@"
 
+# A NATS cluster and two machines with services in network namespaces (as root): a server killed, cut off, each restarted
+[no-exit-message]
+cluster *arguments: _development
+    @PORTCULLIS_TEST_CLUSTER=long exec {{ python }} -m pytest -s tests/cluster "$@"
+
 # Everything that is checked without running the product
 check: _development
     {{ python }} -m ruff format --check .

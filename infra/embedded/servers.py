@@ -1,6 +1,7 @@
 """NATS, Redis and PostgreSQL from their wheels: how to configure and start each, for `./run up` and for the tests alike.
 
-All three listen on loopback only and ask for a password. Nothing here runs a process: a `Server` says what to run.
+All three listen on loopback, unless told otherwise, and ask for a password. Nothing here runs a process: a `Server` says what
+to run.
 """
 
 from __future__ import annotations
@@ -65,11 +66,35 @@ def new_issuer() -> str:
     return str(nkeys.encode_seed(secrets.token_bytes(32), nkeys.PREFIX_BYTE_ACCOUNT), "ascii")
 
 
-def nats(home: Path, port: int, passwords: dict[str, str], issuer: str | None = None) -> Server:
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One server of a cluster: its name, the port for the others, and where the others are (`host:port`, itself included)."""
+
+    name: str
+    port: int
+    routes: tuple[str, ...]
+    password: str = field(repr=False)
+    """With which the servers of a cluster know each other."""
+
+
+ROUTE_PING_SECONDS = 2
+"""A server of a cluster that is cut off is given up after three pings; until then, what is sent to it is lost."""
+
+
+def nats(
+    home: Path,
+    port: int,
+    passwords: dict[str, str],
+    issuer: str | None = None,
+    *,
+    host: str = HOST,
+    member: Member | None = None,
+) -> Server:
     """NATS with JetStream in `home`; one user per service, each with just the subjects it needs (`libs.common.subjects`).
 
     `passwords`: by service; a user without an entry in PERMISSIONS (such as `operator`) may use every subject.
     `issuer`: the seed with which auth signs; about whoever is none of these users the server then asks auth.
+    `member`: of which cluster; None: of none.
     """
     users = []
     for name, password in passwords.items():
@@ -89,9 +114,9 @@ def nats(home: Path, port: int, passwords: dict[str, str], issuer: str | None = 
             raise ServerError("PORTCULLIS_NATS_ISSUER_SEED is not the seed of an account key (SA…); leave it unset") from None
         callout = {"auth_callout": {"issuer": public, "account": ACCOUNT, "auth_users": list(passwords)}}
     configuration = {
-        "host": HOST,
+        "host": host,
         "port": port,
-        "server_name": "portcullis",
+        "server_name": member.name if member is not None else "portcullis",
         "max_payload": MAX_PAYLOAD_BYTES,
         "max_subscriptions": MAX_SUBSCRIPTIONS,
         "jetstream": {
@@ -119,25 +144,38 @@ def nats(home: Path, port: int, passwords: dict[str, str], issuer: str | None = 
         "ping_interval": "5s",
         "write_deadline": "5s",
     }
+    if member is not None:
+        configuration["cluster"] = _cluster(host, member)
     home.mkdir(parents=True, exist_ok=True)
     path = home / "nats.conf"
     write_private(path, json.dumps(configuration, indent=1))  # the server's configuration language is a superset of JSON
-    return Server("nats", (_binary("nats-server"), "-c", str(path)), f"nats://{HOST}:{port}", port)
+    return Server("nats", (_binary("nats-server"), "-c", str(path)), f"nats://{host}:{port}", port)
 
 
-def redis(home: Path, port: int, password: str) -> Server:
+def _cluster(host: str, member: Member) -> dict[str, object]:
+    return {
+        "name": "portcullis",
+        "listen": f"{host}:{member.port}",
+        "authorization": {"user": "route", "password": member.password, "timeout": 2},
+        "routes": [f"nats://route:{member.password}@{route}" for route in member.routes],
+        "ping_interval": f"{ROUTE_PING_SECONDS}s",
+        "ping_max": 2,
+    }
+
+
+def redis(home: Path, port: int, password: str, *, host: str = HOST) -> Server:
     """Redis in `home`, with an append-only file so that used limits survive a restart."""
     path = home / "redis.conf"
     quoted = json.dumps(str(home), ensure_ascii=False)  # Redis reads "…" with the same escapes
     write_private(
         path,
-        f"bind {HOST}\nport {port}\nrequirepass {password}\ndir {quoted}\nappendonly yes\nappendfsync everysec\n"
+        f"bind {host}\nport {port}\nrequirepass {password}\ndir {quoted}\nappendonly yes\nappendfsync everysec\n"
         'save ""\nmaxmemory 256mb\nmaxmemory-policy volatile-ttl\ndaemonize no\n',
     )
-    return Server("redis", (_binary("redis-server"), str(path)), f"redis://:{password}@{HOST}:{port}/0", port)
+    return Server("redis", (_binary("redis-server"), str(path)), f"redis://:{password}@{host}:{port}/0", port)
 
 
-def postgres(home: Path, port: int, password: str) -> Server:
+def postgres(home: Path, port: int, password: str, *, host: str = HOST) -> Server:
     """PostgreSQL in `home`, created on first use. Root runs it as `nobody`, since PostgreSQL refuses root."""
     binaries = postgres_binaries()
     data = home / "postgres"
@@ -145,10 +183,10 @@ def postgres(home: Path, port: int, password: str) -> Server:
     if not (data / "PG_VERSION").exists():
         _create_cluster(binaries, data, password, drop)
     command = (
-        *drop, str(binaries / "postgres"), "-D", str(data), "-h", HOST, "-p", str(port), "-k", "",
+        *drop, str(binaries / "postgres"), "-D", str(data), "-h", host, "-p", str(port), "-k", "",
         "-c", "max_connections=100", "-c", "shared_buffers=64MB", "-c", "logging_collector=off",
     )  # fmt: skip
-    url = f"postgresql://{POSTGRES_USER}:{password}@{HOST}:{port}/{POSTGRES_DATABASE}"
+    url = f"postgresql://{POSTGRES_USER}:{password}@{host}:{port}/{POSTGRES_DATABASE}"
     # INT is PostgreSQL's fast shutdown; TERM would wait for clients to leave.
     return Server("postgres", command, url, port, stop_signal="INT")
 

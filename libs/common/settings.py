@@ -32,10 +32,13 @@ class CommonSettings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="PORTCULLIS_", extra="ignore", frozen=True, hide_input_in_errors=True)
 
     nats_url: str = "nats://127.0.0.1:4222"
+    """Of a cluster, several servers, with commas between them; the others are learnt from whichever is there first."""
     nats_user: str | None = None
     nats_password: SecretStr | None = None
     nats_tls_ca: str | None = None
     """Path of the CA certificate with which the server's is checked; set for tls:// URLs with a private CA."""
+    stream_replicas: Annotated[int, Field(ge=1, le=5)] = 1
+    """So many servers of a NATS cluster keep each stream and bucket: 1, 3 or 5. Used only when one does not exist yet."""
     metrics_port: Annotated[int, Field(ge=0, le=65535)] = 0
     """Where this process serves /metrics, /health/live and /health/ready on `metrics_host`; 0: nowhere."""
     metrics_host: str = "127.0.0.1"
@@ -64,6 +67,21 @@ class CommonSettings(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """What is given outright, then the environment, then files."""
         return init_settings, env_settings, SecretsSettingsSource(settings_cls, secrets_dir=_secrets_folder())
+
+    @field_validator("nats_url")
+    @classmethod
+    def _names_servers(cls, urls: str) -> str:
+        servers = [url.strip() for url in urls.split(",")]
+        if not all(servers):
+            raise ValueError("a comma stands between two servers, and nowhere else")
+        return ",".join(servers)
+
+    @field_validator("stream_replicas")
+    @classmethod
+    def _has_a_majority(cls, replicas: int) -> int:
+        if replicas % 2 == 0:  # of which half would be no majority: no more may fail than of one fewer
+            raise ValueError("1, 3 or 5")
+        return replicas
 
     @field_validator("nats_tls_ca")
     @classmethod

@@ -108,7 +108,7 @@ async def parts(bus: Bus, settings: AuthSettings) -> AsyncIterator[None]:
 
         watching = asyncio.create_task(health.watch(PostgresCheck(own_engine).check))
         stack.push_async_callback(tasks.end, watching)
-        usage = JetStreamUsage(bus, settings.usage_stream_bytes)
+        usage = JetStreamUsage(bus, settings.usage_stream_bytes, settings.stream_replicas)
         try:
             # Before the first request, so that its event finds a stream.
             await usage.state()

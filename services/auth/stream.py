@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Final
 
 import nats.errors
-import nats.js.errors
 from nats.aio.msg import Msg
 from nats.js import JetStreamContext, api
 
 from libs.common.bus import Bus
 from libs.common.errors import PortcullisError
+from libs.common.streams import Keeper
 from libs.common.subjects import USAGE_RECORDED, USAGE_STREAM
 from services.auth.core import StreamState
 from services.auth.ports import StreamError
-
-log = logging.getLogger(__name__)
 
 MAX_AGE_SECONDS: Final = 7 * 86_400
 API_TIMEOUT_SECONDS: Final = 2.0
@@ -29,6 +26,8 @@ GATHER_SECONDS: Final = 0.2
 BATCH_EVENTS: Final = 1000
 CONSUMER_LIFE_SECONDS: Final = 30.0
 """How long the server keeps a consumer that nobody reads from."""
+NEEDS: Final = frozenset({"subjects", "retention"})
+"""A stream of which others take messages away could not be read by position."""
 
 
 @contextmanager
@@ -46,18 +45,15 @@ def _translated() -> Iterator[None]:
 class JetStreamUsage:
     """`UsageStream` on JetStream; makes the stream if there is none, and never alters one that is there."""
 
-    def __init__(self, bus: Bus, max_bytes: int) -> None:
+    def __init__(self, bus: Bus, max_bytes: int, replicas: int = 1) -> None:
         self._bus = bus
         self._max_bytes = max_bytes
+        self._replicas = replicas
+        self._keeper = Keeper()
 
     async def state(self) -> StreamState:
         with _translated():
-            stream = self._jetstream()
-            try:
-                info = await stream.stream_info(USAGE_STREAM)
-            except nats.js.errors.NotFoundError:
-                info = await stream.add_stream(self._configuration())
-                log.info("made the stream %s", USAGE_STREAM)
+            info = await self._keeper.stream(self._jetstream(), self._configuration(), NEEDS)
             if info.created is None:
                 raise StreamError("the server does not say when the stream was made")
             return StreamState(info.created.isoformat(), info.state.first_seq, info.state.last_seq)
@@ -99,6 +95,7 @@ class JetStreamUsage:
             discard=api.DiscardPolicy.OLD,
             max_age=MAX_AGE_SECONDS,
             max_bytes=self._max_bytes,
+            num_replicas=self._replicas,
         )
 
 

@@ -14,9 +14,10 @@ import nats.errors
 import nats.js.errors
 from nats.aio.msg import Msg
 from nats.js import JetStreamContext, api
+from nats.js.api import RawStreamMsg
 from nats.js.kv import KeyValue
 
-from libs.common import subjects, tracing
+from libs.common import streams, subjects, tracing
 from libs.common.bus import Bus
 from libs.common.context import RequestContext, new_request_id, new_traceparent
 from libs.common.contracts import (
@@ -50,7 +51,8 @@ HOOKS_STREAM_BYTES: Final = 16 * 1024**2
 BUCKET_BYTES: Final = 128 * 1024**2
 HOOKS_CONSUMER: Final = "webhooks"
 OUTCOME_HEADER: Final = "Portcullis-Outcome"
-_STREAM_STORE_FAILED: Final = 10077  # nats-server's errors.json; the description says what does not fit
+_STREAM_STORE_FAILED: Final = 10077  # these two: nats-server's errors.json; here the description says what does not fit
+_NO_SUCH_MESSAGE: Final = 10037
 _PER_SUBJECT: Final = "per subject"
 
 _SEND_ITEMS: Final = tracing.messaging("send", JOB_ITEMS_STREAM)
@@ -96,6 +98,7 @@ def stream_configurations(settings: Settings) -> list[api.StreamConfig]:
             max_bytes=max_bytes,
             max_age=max_age,
             allow_direct=True,
+            num_replicas=settings.stream_replicas,
         )
 
     queue, limits = api.RetentionPolicy.WORK_QUEUE, api.RetentionPolicy.LIMITS
@@ -117,13 +120,22 @@ def stream_configurations(settings: Settings) -> list[api.StreamConfig]:
     ]
 
 
+def bucket_configuration(settings: Settings) -> api.StreamConfig:
+    hours = settings.jobs_max_run_hours + settings.jobs_retention_hours
+    return streams.bucket(JOB_BUCKET, ttl_seconds=hours * 3600, max_bytes=BUCKET_BYTES, replicas=settings.stream_replicas)
+
+
+NEEDS: Final = frozenset({"subjects", "retention", "discard", "discard_new_per_subject", "max_msgs_per_subject"})
+"""What the one result of an item rests on (ADR 7)."""
+
+
 class JetStream:
     """What the adapters share: the connection's JetStream, and the streams' making."""
 
     def __init__(self, bus: Bus, settings: Settings) -> None:
         self.bus = bus
         self.settings = settings
-        self._bucket: KeyValue | None = None
+        self._keeper = streams.Keeper()
 
     @property
     def api(self) -> JetStreamContext:
@@ -133,22 +145,10 @@ class JetStream:
         """Make the streams that are not there; one that is there is never altered."""
         with translated("making the streams"):
             stream = self.api
-            for configuration in stream_configurations(self.settings):
-                assert configuration.name is not None
-                try:
-                    await stream.stream_info(configuration.name)
-                except nats.js.errors.NotFoundError:
-                    await stream.add_stream(configuration)
-                    log.info("made the stream %s", configuration.name)
-            try:
-                await stream.stream_info(f"KV_{JOB_BUCKET}")
-            except nats.js.errors.NotFoundError:
-                hours = self.settings.jobs_max_run_hours + self.settings.jobs_retention_hours
-                await stream.create_key_value(
-                    api.KeyValueConfig(bucket=JOB_BUCKET, history=1, ttl=hours * 3600, max_bytes=BUCKET_BYTES, direct=True)
-                )
-                log.info("made the bucket %s", JOB_BUCKET)
-            await stream.add_consumer(
+            for configuration in (*stream_configurations(self.settings), bucket_configuration(self.settings)):
+                await self._keeper.stream(stream, configuration, NEEDS)
+            await self._keeper.consumer(
+                stream,
                 JOB_HOOKS_STREAM,
                 api.ConsumerConfig(
                     name=HOOKS_CONSUMER,
@@ -175,10 +175,30 @@ class JetStream:
                 await self.measure()
             await asyncio.sleep(MEASURE_SECONDS)
 
-    async def bucket(self) -> KeyValue:
-        if self._bucket is None:
-            self._bucket = await self.api.key_value(JOB_BUCKET)
-        return self._bucket
+    @property
+    def bucket(self) -> KeyValue:
+        """For changes. It is read by `last`."""
+        return KeyValue(JOB_BUCKET, f"KV_{JOB_BUCKET}", f"$KV.{JOB_BUCKET}.", self.api, direct=False)
+
+    async def last(self, stream: str, subject: str) -> RawStreamMsg | None:
+        """What is stored under a subject, by the word of the stream's leader.
+
+        A direct read any server of a cluster may answer, also one that has missed the last minute and does not know it yet.
+        """
+        try:
+            return await self.api.get_msg(stream, subject=subject)
+        except nats.js.errors.NotFoundError as error:
+            if error.err_code == _NO_SUCH_MESSAGE:
+                return None
+            raise  # the stream itself is not there, which says nothing about what it held
+
+    async def in_bucket(self, key: str) -> tuple[bytes, int] | None:
+        """A value and its revision."""
+        found = await self.last(f"KV_{JOB_BUCKET}", f"$KV.{JOB_BUCKET}.{key}")
+        if found is None:
+            return None
+        assert found.seq is not None
+        return found.data or b"", found.seq
 
     async def publish(self, subject: str, payload: bytes, headers: dict[str, str] | None = None) -> None:
         """Store once: when something is stored under the subject, it stays as it is.
@@ -250,22 +270,17 @@ class JetStreamRecords:
 
     async def get(self, key_id: str, job_id: str) -> Kept | None:
         with translated("reading a record"):
-            try:
-                entry = await (await self._stream.bucket()).get(f"job.{key_id}.{job_id}")
-            except nats.js.errors.KeyNotFoundError:
-                return None
-        assert entry.value is not None
-        assert entry.revision is not None
-        return Kept(_RECORD.decode(entry.value), entry.revision)
+            found = await self._stream.in_bucket(f"job.{key_id}.{job_id}")
+        return Kept(_RECORD.decode(found[0]), found[1]) if found is not None else None
 
     async def create(self, record: JobRecord) -> None:
         with translated("making a record"), suppress(nats.js.errors.KeyWrongLastSequenceError):
-            bucket = await self._stream.bucket()
+            bucket = self._stream.bucket
             await bucket.create(f"job.{record.key_id}.{record.job_id}", msgspec.json.encode(record))
 
     async def update(self, record: JobRecord, revision: int) -> int:
         with translated("changing a record"):
-            bucket = await self._stream.bucket()
+            bucket = self._stream.bucket
             try:
                 return await bucket.update(f"job.{record.key_id}.{record.job_id}", msgspec.json.encode(record), last=revision)
             except nats.js.errors.KeyWrongLastSequenceError:
@@ -278,18 +293,13 @@ class JetStreamRecords:
 
     async def claim(self, key_id: str, idempotency: str) -> tuple[str, int] | None:
         with translated("reading a claim"):
-            try:
-                entry = await (await self._stream.bucket()).get(f"claim.{key_id}.{idempotency}")
-            except nats.js.errors.KeyNotFoundError:
-                return None
-        assert entry.value is not None
-        assert entry.revision is not None
-        return entry.value.decode(), entry.revision
+            found = await self._stream.in_bucket(f"claim.{key_id}.{idempotency}")
+        return (found[0].decode(), found[1]) if found is not None else None
 
     async def set_claim(self, key_id: str, idempotency: str, job_id: str, revision: int) -> None:
         with translated("making a claim"):
             try:
-                await (await self._stream.bucket()).update(f"claim.{key_id}.{idempotency}", job_id.encode(), last=revision)
+                await self._stream.bucket.update(f"claim.{key_id}.{idempotency}", job_id.encode(), last=revision)
             except nats.js.errors.KeyWrongLastSequenceError:
                 raise RecordMovedError from None
 
@@ -348,6 +358,10 @@ class JetStreamQueues:
                 return _queue(await self._stream.api.consumer_info(JOB_ITEMS_STREAM, _consumer(key_id, job_id)))
             except nats.js.errors.NotFoundError:
                 return None
+
+    async def has(self, key_id: str, job_id: str, index: int) -> bool:
+        with translated("looking for an item"):
+            return await self._stream.last(JOB_ITEMS_STREAM, job_subject(key_id, job_id, "items", index)) is not None
 
     async def open(self, key_id: str, job_id: str) -> None:
         with translated("opening a queue"):
@@ -437,13 +451,7 @@ class JetStreamResults:
 
     async def has(self, key_id: str, job_id: str, index: int) -> bool:
         with translated("looking for a result"):
-            try:
-                await self._stream.api.get_msg(
-                    JOB_RESULTS_STREAM, subject=job_subject(key_id, job_id, "results", index), direct=True
-                )
-            except nats.js.errors.NotFoundError:
-                return False
-        return True
+            return await self._stream.last(JOB_RESULTS_STREAM, job_subject(key_id, job_id, "results", index)) is not None
 
     async def outcomes(self, key_id: str, job_id: str, after: int, most: int) -> list[tuple[int, int, Outcome]]:
         with translated("counting results"):
@@ -459,7 +467,14 @@ class JetStreamResults:
         with translated("reading results"):
             pattern = job_subject(key_id, job_id, "results")
             messages, more = await self._stream.read(JOB_RESULTS_STREAM, pattern, after, most, most_bytes=most_bytes)
-        return [(message.metadata.sequence.stream, message.data) for message in messages], more
+            found = [(message.metadata.sequence.stream, message.data) for message in messages]
+            # Whoever reads on until nothing comes must have read everything, also from a server that lags behind the others.
+            newest = await self._stream.last(JOB_RESULTS_STREAM, pattern) if not more else None
+        if newest is None or (newest.seq or 0) <= (found[-1][0] if found else after):
+            return found, more
+        if not found:
+            raise PortcullisError(ErrorCode.STAGE_UNAVAILABLE, internal="the server that was asked for results lags behind")
+        return found, True
 
     async def bury(self, letter: DeadLetter) -> None:
         with translated("keeping a dead letter"):

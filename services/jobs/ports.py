@@ -82,6 +82,10 @@ class Queues(Protocol):
 
     async def one(self, key_id: str, job_id: str) -> Queue | None: ...
 
+    async def has(self, key_id: str, job_id: str, index: int) -> bool:
+        """Whether an item is still kept, which `one` need not know yet where several servers keep it."""
+        ...
+
     async def open(self, key_id: str, job_id: str) -> None: ...
 
     async def close(self, key_id: str, job_id: str) -> None:
@@ -113,7 +117,10 @@ class Results(Protocol):
     async def page(
         self, key_id: str, job_id: str, after: int, most: int, most_bytes: int
     ) -> tuple[list[tuple[int, bytes]], bool]:
-        """(place, `JobResult` encoded), at least one if there is any, and whether there are more."""
+        """(place, `JobResult` encoded), at least one if there is any, and whether there are more.
+
+        `outcomes` and `page` may know less than `has` for a moment, where several servers keep the results.
+        """
         ...
 
     async def bury(self, letter: DeadLetter) -> None: ...

@@ -236,6 +236,11 @@ class Runner:
         if queue is None or queue.waiting or queue.in_hand:
             return
         for index in missing:
+            # A server of a cluster that has been away tells of its queues and results what it knew then.
+            if await self._queues.has(record.key_id, record.job_id, index):
+                return
+            if await self._results.has(record.key_id, record.job_id, index):
+                continue
             log.error("item %d of %s is lost", index, record.job_id)
             await self._bury(record, index, None, core.error_result(ErrorCode.INTERNAL, core.LOST), core.LOST)
 

@@ -58,10 +58,11 @@ class Stack:
     environment: Mapping[str, str] = field(default_factory=dict)
     port: int = field(default_factory=free_port)
     key: str = ""
+    host: str = "127.0.0.1"
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"http://{self.host}:{self.port}"
 
     def run(self, *arguments: str, timeout_seconds: float = 120, check: bool = True) -> subprocess.CompletedProcess[str]:
         """`./run …` as a user types it."""

@@ -115,7 +115,7 @@ async def play(rig: Rig, scenario: Scenario) -> Report:
         job = await _Job.submit(rig, session) if scenario.job else None
         load = Load(session, rig.stack.key, RATE, scenario.deadline_seconds, distinct=None if scenario.engine else DISTINCT)
         async with load.running():
-            await _steady(load, 0.0, 30)
+            await steady(load, 0.0, 30)
             fault = scenario.does(rig)
             began = load.now
             await asyncio.to_thread(fault.__enter__)
@@ -127,7 +127,7 @@ async def play(rig: Rig, scenario: Scenario) -> Report:
             finally:
                 over = load.now if scenario.seconds else began
                 await asyncio.to_thread(fault.__exit__, None, None, None)
-            await _steady(load, load.now if scenario.seconds else began, 30)
+            await steady(load, load.now if scenario.seconds else began, 30)
         await _healthy(rig, session)
         for probe in scenario.afterwards:
             await probe(during)
@@ -145,7 +145,7 @@ def _judge(rig: Rig, scenario: Scenario, load: Load, began: float, over: float) 
         assert len(slow) <= max(1, len(load.seen) // 50), (load.summary(), slow)
     if scenario.shows == "failures":
         assert any(seen.status != 200 for seen in load.since(began - 1)), "nothing was seen of the fault"
-    recovery = max((seen.at - over for seen in load.seen if not _well(seen)), default=0.0)
+    recovery = max((seen.at - over for seen in load.seen if not well(seen)), default=0.0)
     report = Report(max(0.0, recovery), _median(load, 0.0, began), _median(load, began, max(over, began + 1)), load.summary())
     assert recovery <= recovery_limit(), report
     assert scenario.shows != "slower" or report.during_ms > report.before_ms, report
@@ -155,7 +155,7 @@ def _judge(rig: Rig, scenario: Scenario, load: Load, began: float, over: float) 
     return report
 
 
-def _well(seen: Seen) -> bool:
+def well(seen: Seen) -> bool:
     return seen.status == 200 and not seen.degraded
 
 
@@ -163,13 +163,13 @@ def _median(load: Load, start: float, end: float) -> float:
     return 1000 * statistics.median([seen.latency for seen in load.seen if start <= seen.at < end] or [0.0])
 
 
-async def _steady(load: Load, since: float, timeout_seconds: float) -> None:
+async def steady(load: Load, since: float, timeout_seconds: float) -> None:
     """Until so many that were asked after `since` have been answered well, one after the other."""
     try:
         async with asyncio.timeout(timeout_seconds):
             while True:
                 recent = sorted(load.since(since), key=lambda seen: seen.at)[-STEADY:]
-                if len(recent) == STEADY and all(map(_well, recent)):
+                if len(recent) == STEADY and all(map(well, recent)):
                     return
                 await asyncio.sleep(0.05)
     except TimeoutError:

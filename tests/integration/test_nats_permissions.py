@@ -187,9 +187,7 @@ GROUPS = {
     "DOOR_OPERATIONS": subjects.DOOR_OPERATIONS,
     "kick": [subjects.KICK],
 }
-API_CALLS = re.compile(
-    r"\$JS\.API\.(STREAM\.(INFO|CREATE|PURGE)|DIRECT\.GET|CONSUMER\.(CREATE|INFO|DELETE|LIST|MSG\.NEXT))\.[A-Z]"
-)
+API_CALLS = re.compile(r"\$JS\.API\.(STREAM\.(INFO|CREATE|PURGE|MSG\.GET)|CONSUMER\.(CREATE|INFO|DELETE|LIST|MSG\.NEXT))\.[A-Z]")
 
 
 @pytest.mark.parametrize("subject", sorted(NAMED.values()))

@@ -133,9 +133,10 @@ class FakeQueue:
 
 
 class FakeQueues:
-    """`acknowledgement`: what becomes of every acknowledgement from now on."""
+    """`acknowledgement`: what becomes of every acknowledgement from now on. `seen_empty`: by a server that was away."""
 
     def __init__(self) -> None:
+        self.seen_empty = False
         self.open_queues: dict[tuple[str, str], FakeQueue] = {}
         self.acknowledgement: PortcullisError | None = None
         self.fetched: list[int] = []
@@ -150,7 +151,7 @@ class FakeQueues:
         return queue
 
     def _seen(self, key_id: str, job_id: str) -> Queue:
-        queue = self.open_queues[key_id, job_id]
+        queue = FakeQueue() if self.seen_empty else self.open_queues[key_id, job_id]
         return Queue(key_id, job_id, queue.waiting, len(queue.in_hand), self.created_ms)
 
     async def all(self) -> list[Queue]:
@@ -158,6 +159,9 @@ class FakeQueues:
 
     async def one(self, key_id: str, job_id: str) -> Queue | None:
         return self._seen(key_id, job_id) if (key_id, job_id) in self.open_queues else None
+
+    async def has(self, key_id: str, job_id: str, index: int) -> bool:
+        return index in self.of(job_id, key_id).items
 
     async def open(self, key_id: str, job_id: str) -> None:
         self.open_queues.setdefault((key_id, job_id), FakeQueue())
@@ -180,9 +184,10 @@ class FakeQueues:
 
 
 class FakeResults:
-    """`failure`: of everything that is asked."""
+    """`failure`: of everything that is asked. `unseen`: the server that is asked for many at a time was away."""
 
     def __init__(self) -> None:
+        self.unseen = False
         self.stored: dict[tuple[str, int], tuple[int, JobResult]] = {}
         self.letters: list[DeadLetter] = []
         self.announced: list[str] = []
@@ -201,6 +206,8 @@ class FakeResults:
         return (job_id, index) in self.stored
 
     def _behind(self, job_id: str, after: int) -> list[tuple[int, JobResult]]:
+        if self.unseen:
+            return []
         return sorted(
             (entry for (job, _), entry in self.stored.items() if job == job_id and entry[0] > after), key=lambda e: e[0]
         )

@@ -327,6 +327,30 @@ async def test_items_that_were_lost_are_replaced_by_an_error(kit: Kit) -> None:
     assert [(letter.index, letter.item) for letter in kit.results.letters] == [(1, None)]
 
 
+async def test_nothing_is_lost_because_a_server_that_was_away_knows_nothing_of_it_yet(kit: Kit) -> None:
+    """In a cluster, queue and results are those of the server that was asked; it may have caught up with neither."""
+    kit.submit("a", "b")
+    kit.queues.seen_empty = True
+    for _ in range(3):
+        await kit.round()
+    assert (kit.results.of(), kit.results.letters) == ({}, [])
+    kit.queues.seen_empty = False
+    await kit.rounds()
+    assert (kit.records.of().done, kit.records.of().failed) == (2, 0)
+
+
+async def test_what_has_a_result_is_not_lost_because_it_cannot_be_read_yet(kit: Kit) -> None:
+    kit.submit("a", "b")
+    await kit.round()
+    kit.results.unseen = True
+    for _ in range(3):
+        await kit.round()
+    assert kit.results.letters == []
+    kit.results.unseen = False
+    await kit.rounds()
+    assert (kit.records.of().done, kit.records.of().failed) == (2, 0)
+
+
 async def test_nothing_is_lost_while_somebody_has_it_in_hand(kit: Kit) -> None:
     kit.submit("a", "b")
     kit.queues.of().in_hand = {0, 1}
