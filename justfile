@@ -98,7 +98,7 @@ secrets: _runtime
 # Build every image and run the gateway from them (Linux, as root, with podman, buildah and debootstrap): images --help
 [no-exit-message]
 images *arguments: _development
-    @{{ python }} -m infra.docker.try_images "$@"
+    @{{ python }} -m tests.images "$@"
 
 # The client's command line, as if it were installed: portcullis detect "Hello", portcullis scan FILE
 [no-cd, no-exit-message]
