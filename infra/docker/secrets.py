@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from infra.embedded import servers
-from infra.embedded.home import HomeError, locate_home, write_private
+from infra.embedded.home import ROOT, HomeError, locate_home, write_private
 from infra.embedded.stack import OPERATOR
 from libs.common.subjects import SERVICES
 
-ENVIRONMENT_FILE = Path(__file__).parents[1] / ".env"
-"""Beside compose.yaml, where compose looks for it."""
+ENVIRONMENT_FILES = (ROOT / ".env", ROOT / "infra" / ".env")
+"""Beside each compose.yaml, where compose looks for it."""
 FOLDER_VARIABLE = "PORTCULLIS_SECRETS"
 
 ANYWHERE = "0.0.0.0"  # noqa: S104  # a container's own network
@@ -82,17 +82,23 @@ def _nats(folder: Path) -> dict[str, str]:
     return {name: json.dumps(text, indent=1) + "\n" for name, text in found.items()}
 
 
+def name_folder(folder: Path, path: Path) -> None:
+    """Have an environment file name the folder; what else is in it stays."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    kept = [line for line in lines if not line.startswith(f"{FOLDER_VARIABLE}=")]
+    write_private(path, "\n".join([*kept, f"{FOLDER_VARIABLE}={folder}"]) + "\n")
+
+
 def main() -> int:
     folder = locate_home(dict(os.environ)).path / "compose" / "secrets"
     try:
         write(folder)
-        kept = ENVIRONMENT_FILE.read_text().splitlines() if ENVIRONMENT_FILE.exists() else []
-        lines = [line for line in kept if not line.startswith(f"{FOLDER_VARIABLE}=")]
-        write_private(ENVIRONMENT_FILE, "\n".join([*lines, f"{FOLDER_VARIABLE}={folder}"]) + "\n")
+        for path in ENVIRONMENT_FILES:
+            name_folder(folder, path)
     except (OSError, HomeError, servers.ServerError) as error:
         print(f"portcullis: {folder}: {error}", file=sys.stderr)
         return 1
-    print(f"The secrets are in {folder}, and {ENVIRONMENT_FILE} names it. Next: docker compose up -d")
+    print(f"The secrets are in {folder}. Next: docker compose up -d")
     return 0
 
 

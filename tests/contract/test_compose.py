@@ -213,6 +213,17 @@ def test_secrets_are_made_once_and_only_their_owner_gets_at_them(folder: Path) -
     assert min(len(text.strip()) for text in passwords) >= 32
 
 
+def test_the_folder_is_named_where_compose_looks_and_what_else_is_there_stays(tmp_path: Path) -> None:
+    path = tmp_path / ".env"
+    path.write_text("PORTCULLIS_EDGE_PORT=8001\nPORTCULLIS_SECRETS=/old\n")
+    secrets.name_folder(Path("/new"), path)
+    assert path.read_text() == "PORTCULLIS_EDGE_PORT=8001\nPORTCULLIS_SECRETS=/new\n"
+    assert set(secrets.ENVIRONMENT_FILES) == {ROOT / ".env", INFRA / ".env"}
+    required = {secret["file"].partition("/")[0] for secret in COMPOSE["secrets"].values()}
+    assert all(file.startswith(f"${{{secrets.FOLDER_VARIABLE}") for file in required)
+    assert any("./run secrets" in secret["file"] for secret in COMPOSE["secrets"].values())
+
+
 @pytest.mark.parametrize("file", ["nats.conf", "nats-cluster-1.conf", "nats-cluster-2.conf", "nats-cluster-3.conf"])
 def test_nats_lets_each_service_do_what_the_code_says(file: str, folder: Path) -> None:
     configuration = json.loads((folder / file).read_text())
@@ -244,7 +255,7 @@ def test_the_cluster_s_servers_are_those_of_the_configurations(folder: Path) -> 
         override = CLUSTER["services"][name]
         urls = [urlsplit(url) for url in override["environment"]["PORTCULLIS_NATS_URL"].split(",")]
         assert [(url.hostname, url.port) for url in urls] == [(node, secrets.NATS_PORT) for node in secrets.CLUSTER]
-        assert override["environment"]["PORTCULLIS_STREAM_REPLICAS"] == len(secrets.CLUSTER)
+        assert override["environment"]["PORTCULLIS_STREAM_REPLICAS"] == str(len(secrets.CLUSTER))
         assert set(override["depends_on"]) == set(secrets.CLUSTER[1:])
 
 
