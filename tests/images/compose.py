@@ -2,7 +2,8 @@
 
 What is shown: that secrets can be read, that everybody finds whom it asks on the networks that are there, that each health check
 of the file works, that Prometheus finds all replicas, and that a stage scales. What is not: the images of the servers themselves,
-and the collector, Tempo and Grafana, for which there are no programs; the order of the start, which this podman leaves to us.
+and the collector, Tempo and Grafana, for which there are no programs; the order of the start, for which podman must be 4.6 or
+newer and have systemd; `start_interval` and `extra_hosts`, which Debian 12's podman does not know.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from tests.prometheus_tools import prometheus
 SCALED, REPLICAS = "fallback_model", 2
 FOUND_SECONDS = 60.0
 ADDRESS = "127.0.0.7"
+PROJECT = "portcullis-trial"
 POSTGRES_START = """#!/bin/sh
 # As the entrypoint of PostgreSQL's image: a database on first use, then the server, as a user of its own.
 set -e
@@ -80,9 +82,10 @@ def _image(
 def try_compose(engine: Engine, base: str) -> None:
     """Start, look, use, scale, stop; everything is gone at the end."""
     check_machine("podman", "busybox", "netavark", "catatonit", "iptables")
-    described: dict[str, Any] = yaml.safe_load((ROOT / "infra" / "compose.yaml").read_text())["services"]
-    servers_of = ("nats", "redis", "postgres", "prometheus")
-    stand_ins(engine, base, {name: described[name]["image"] for name in servers_of})
+    described: dict[str, Any] = yaml.safe_load((ROOT / "infra" / "compose.yaml").read_text())
+    stand_ins(engine, base, {name: described["services"][name]["image"] for name in ("nats", "redis", "postgres", "prometheus")})
+    file = engine.home / "compose.yaml"
+    file.write_text(yaml.safe_dump(_for_this_podman(described)))
     folder = engine.home / "compose-secrets"
     shutil.rmtree(folder, ignore_errors=True)
     secrets.write(folder)
@@ -97,14 +100,14 @@ def try_compose(engine: Engine, base: str) -> None:
     }
 
     def compose(*arguments: str) -> None:
-        command = ["uv", "tool", "run", "--quiet", "podman-compose==1.6.0", "-p", "portcullis-trial", "-f", "infra/compose.yaml"]
+        command = ["uv", "tool", "run", "--quiet", "podman-compose==1.6.0", "--in-pod=false", "-p", PROJECT, "-f", str(file)]
         done = subprocess.run([*command, *arguments], cwd=ROOT, capture_output=True, text=True, env=environment)
         if done.returncode:
             raise TrialError(f"podman-compose {arguments[0]}: {' / '.join(done.stderr.strip().splitlines()[-4:])}")
 
     try:
         compose("up", "--detach", "--no-build", "--scale", f"{SCALED}={REPLICAS}", "edge", "prometheus")
-        names = engine.podman("ps", "--all", "--format", "{{.Names}}", "--filter", "name=portcullis-trial").split()
+        names = engine.podman("ps", "--all", "--format", "{{.Names}}", "--filter", f"name={PROJECT}").split()
         say(f"compose has started {len(names)} containers")
         engine.wait_healthy(names)
         say("healthy, by the checks of compose.yaml: " + ", ".join(sorted(names)))
@@ -113,6 +116,18 @@ def try_compose(engine: Engine, base: str) -> None:
     finally:
         compose("down", "--volumes", "--timeout", "20")
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _for_this_podman(described: dict[str, Any]) -> dict[str, Any]:
+    """The file from another folder, without what an old podman refuses."""
+    for service in described["services"].values():
+        service.pop("build", None)
+        service.pop("extra_hosts", None)
+        service.get("healthcheck", {}).pop("start_interval", None)
+        service["volumes"] = [
+            f"{ROOT / 'infra' / volume}" if volume.startswith("./") else volume for volume in service.get("volumes", ())
+        ]
+    return {name: part for name, part in described.items() if not name.startswith("x-")}
 
 
 def _expect_found(port: int) -> None:
