@@ -36,7 +36,7 @@ BASE, BUILD_BASE = "localhost/portcullis-base", "localhost/portcullis-build-base
 BASE_PACKAGES = "python3,ca-certificates"
 # As Debian's own slim images are made; what apt has fetched is of no use in an image.
 LEFT_OUT = ("usr/share/doc", "usr/share/man", "usr/share/locale", "usr/share/info", "var/lib/apt/lists", "var/cache/apt")
-STOP_SECONDS = 20
+STOP_SECONDS = 40
 FORBIDDEN = ("pip", "pip3", "uv", "gcc", "cc", "g++", "make", "ensurepip", "wget", "curl")
 """What must not be found in an image by its name."""
 

@@ -114,7 +114,7 @@ def try_compose(engine: Engine, base: str) -> None:
         use(f"http://{ADDRESS}:8000", (folder / "admin-token").read_text().strip())
         _expect_found(prometheus_port)
     finally:
-        compose("down", "--volumes", "--timeout", "20")
+        compose("down", "--volumes", "--timeout", "40")
         shutil.rmtree(folder, ignore_errors=True)
 
 
