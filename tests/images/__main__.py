@@ -37,8 +37,13 @@ BASE_PACKAGES = "python3,ca-certificates"
 # As Debian's own slim images are made; what apt has fetched is of no use in an image.
 LEFT_OUT = ("usr/share/doc", "usr/share/man", "usr/share/locale", "usr/share/info", "var/lib/apt/lists", "var/cache/apt")
 STOP_SECONDS = 40
-FORBIDDEN = ("pip", "pip3", "uv", "gcc", "cc", "g++", "make", "ensurepip", "wget", "curl")
-"""What must not be found in an image by its name."""
+FORBIDDEN = {
+    "bin": ("pip", "pip3", "uv", "uvx", "gcc", "cc", "g++", "make", "wget", "curl"),
+    "site-packages": ("pip", "uv"),
+    "dist-packages": ("pip", "uv"),
+    "python3.11": ("ensurepip",),
+}
+"""What must not be found in an image, by the folder that it would be in."""
 
 
 def make_base(engine: Engine) -> tuple[str, str]:
@@ -107,7 +112,7 @@ def look_into(engine: Engine, service: str, base: str) -> Seen:
     mounted = Path(engine.podman("image", "mount", image(service)))
     try:
         files = [Path(folder) / name for folder, folders, names in os.walk(mounted) for name in (*folders, *names)]
-        found = [path for path in files if path.name in FORBIDDEN or path.name.startswith(("pip-", "uv-"))]
+        found = [path for path in files if path.name in FORBIDDEN.get(path.parent.name, ())]
         expect(not found, f"{service}: {', '.join(str(path.relative_to(mounted)) for path in found)} in the image")
         weights = [path for path in files if path.suffix == ".onnx" and "/models/" in str(path)]
         expect(bool(weights) == (service == "fallback_model"), f"{service}: model weights {weights}")
