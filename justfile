@@ -108,6 +108,16 @@ audit: _development
 sbom *file: _development
     @{{ python }} -m infra.supply sbom "$@"
 
+# Make the passwords and the configuration of NATS that infra/compose.yaml mounts; again after each upgrade
+[no-exit-message]
+secrets: _runtime
+    @{{ python }} -m infra.docker.secrets
+
+# Build every image and run the gateway from them (Linux, as root, with podman, buildah and debootstrap): images --help
+[no-exit-message]
+images *arguments: _development
+    @{{ python }} -m tests.images "$@"
+
 # The client's command line, as if it were installed: portcullis detect "Hello", portcullis scan FILE
 [no-cd, no-exit-message]
 portcullis *arguments: _client

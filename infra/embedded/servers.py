@@ -81,16 +81,17 @@ ROUTE_PING_SECONDS = 2
 """A server of a cluster that is cut off is given up after three pings; until then, what is sent to it is lost."""
 
 
-def nats(
-    home: Path,
-    port: int,
+def nats_configuration(
     passwords: dict[str, str],
     issuer: str | None = None,
     *,
-    host: str = HOST,
+    host: str,
+    port: int,
+    store: Path,
     member: Member | None = None,
-) -> Server:
-    """NATS with JetStream in `home`; one user per service, each with just the subjects it needs (`libs.common.subjects`).
+) -> dict[str, object]:
+    """The configuration of NATS with JetStream in `store`; one user per service, each with just the subjects it needs
+    (`libs.common.subjects`).
 
     `passwords`: by service; a user without an entry in PERMISSIONS (such as `operator`) may use every subject.
     `issuer`: the seed with which auth signs; about whoever is none of these users the server then asks auth.
@@ -113,14 +114,14 @@ def nats(
         except (nkeys.NkeysError, IndexError):
             raise ServerError("PORTCULLIS_NATS_ISSUER_SEED is not the seed of an account key (SA…); leave it unset") from None
         callout = {"auth_callout": {"issuer": public, "account": ACCOUNT, "auth_users": list(passwords)}}
-    configuration = {
+    return {
         "host": host,
         "port": port,
         "server_name": member.name if member is not None else "portcullis",
         "max_payload": MAX_PAYLOAD_BYTES,
         "max_subscriptions": MAX_SUBSCRIPTIONS,
         "jetstream": {
-            "store_dir": str(home / "jetstream"),
+            "store_dir": str(store),
             "max_memory_store": 64 * 1024**2,
             "max_file_store": 8 * 1024**3,
             # What has been acknowledged to a caller (the items of a job) must outlast a loss of power; by default the server
@@ -143,13 +144,8 @@ def nats(
         "authorization": {"timeout": 2, **callout},
         "ping_interval": "5s",
         "write_deadline": "5s",
+        **({"cluster": _cluster(host, member)} if member is not None else {}),
     }
-    if member is not None:
-        configuration["cluster"] = _cluster(host, member)
-    home.mkdir(parents=True, exist_ok=True)
-    path = home / "nats.conf"
-    write_private(path, json.dumps(configuration, indent=1))  # the server's configuration language is a superset of JSON
-    return Server("nats", (_binary("nats-server"), "-c", str(path)), f"nats://{host}:{port}", port)
 
 
 def _cluster(host: str, member: Member) -> dict[str, object]:
@@ -163,15 +159,36 @@ def _cluster(host: str, member: Member) -> dict[str, object]:
     }
 
 
-def redis(home: Path, port: int, password: str, *, host: str = HOST) -> Server:
-    """Redis in `home`, with an append-only file so that used limits survive a restart."""
-    path = home / "redis.conf"
-    quoted = json.dumps(str(home), ensure_ascii=False)  # Redis reads "…" with the same escapes
-    write_private(
-        path,
+def nats(
+    home: Path,
+    port: int,
+    passwords: dict[str, str],
+    issuer: str | None = None,
+    *,
+    host: str = HOST,
+    member: Member | None = None,
+) -> Server:
+    """NATS with JetStream in `home`, configured as `nats_configuration` says."""
+    configuration = nats_configuration(passwords, issuer, host=host, port=port, store=home / "jetstream", member=member)
+    home.mkdir(parents=True, exist_ok=True)
+    path = home / "nats.conf"
+    write_private(path, json.dumps(configuration, indent=1))  # the server's configuration language is a superset of JSON
+    return Server("nats", (_binary("nats-server"), "-c", str(path)), f"nats://{host}:{port}", port)
+
+
+def redis_configuration(password: str, *, host: str, port: int, store: Path) -> str:
+    """The configuration of Redis, with an append-only file so that used limits survive a restart."""
+    quoted = json.dumps(str(store), ensure_ascii=False)  # Redis reads "…" with the same escapes
+    return (
         f"bind {host}\nport {port}\nrequirepass {password}\ndir {quoted}\nappendonly yes\nappendfsync everysec\n"
-        'save ""\nmaxmemory 256mb\nmaxmemory-policy volatile-ttl\ndaemonize no\n',
+        'save ""\nmaxmemory 256mb\nmaxmemory-policy volatile-ttl\ndaemonize no\n'
     )
+
+
+def redis(home: Path, port: int, password: str, *, host: str = HOST) -> Server:
+    """Redis in `home`, configured as `redis_configuration` says."""
+    path = home / "redis.conf"
+    write_private(path, redis_configuration(password, host=host, port=port, store=home))
     return Server("redis", (_binary("redis-server"), str(path)), f"redis://:{password}@{host}:{port}/0", port)
 
 

@@ -1,13 +1,29 @@
-"""Configuration from the environment, `PORTCULLIS_*`; a wrong value ends the start with one line that says what to do."""
+"""Configuration from the environment, `PORTCULLIS_*`; a wrong value ends the start with one line that says what to do.
+
+Secrets may come from files instead: `PORTCULLIS_SECRETS_DIR` names a folder in which each is a file called like its variable
+in lower case, as container engines mount them. What is set in the environment goes before a file.
+"""
 
 from __future__ import annotations
 
+import errno
+import os
 import ssl
 import sys
+from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
 from pydantic import Field, SecretStr, ValidationError, field_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SecretsSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+)
+
+SECRETS_VARIABLE = "PORTCULLIS_SECRETS_DIR"
+"""The folder of secrets; unset: secrets come from the environment, like all else."""
 
 
 class CommonSettings(BaseSettings):
@@ -40,6 +56,18 @@ class CommonSettings(BaseSettings):
     trace_buffer_spans: Annotated[int, Field(ge=64)] = 16_384
     """Spans that each process remembers of requests about which nothing is decided yet; about 0.75 KB each."""
 
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """What is given outright, then the environment, then files."""
+        return init_settings, env_settings, SecretsSettingsSource(settings_cls, secrets_dir=_secrets_folder())
+
     @field_validator("nats_url")
     @classmethod
     def _names_servers(cls, urls: str) -> str:
@@ -65,6 +93,13 @@ class CommonSettings(BaseSettings):
         return path
 
 
+def _secrets_folder() -> str | None:
+    named = os.environ.get(SECRETS_VARIABLE) or None
+    if named is not None and not Path(named).is_dir():  # pydantic-settings would warn, and go on without
+        raise SettingsError from NotADirectoryError(errno.ENOTDIR, "no such folder", named)
+    return named
+
+
 SettingsT = TypeVar("SettingsT", bound=CommonSettings)
 
 
@@ -72,6 +107,11 @@ def load(settings: type[SettingsT]) -> SettingsT:
     """The settings, or the end of the process with status 2 and one line per wrong value (values themselves are not shown)."""
     try:
         return settings()
+    except SettingsError as error:
+        cause = error.__cause__
+        reason = f"{cause.filename}: {(cause.strerror or '').lower()}" if isinstance(cause, OSError) else "a file holds no text"
+        print(f"portcullis: {SECRETS_VARIABLE}: {reason}; mount the secrets where this user can read them", file=sys.stderr)  # noqa: T201
+        raise SystemExit(2) from None
     except ValidationError as error:
         for problem in error.errors(include_input=False, include_url=False):
             name = "_".join(str(part) for part in problem["loc"]).upper()

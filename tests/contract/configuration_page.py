@@ -33,6 +33,10 @@ Everything is set in the environment. A wrong value ends the start with one line
 set in its own environment on to the services, a secret only to the service that needs it; what it makes up itself (passwords, the
 admin token, free ports for the servers) is in its home, `.portcullis/` or `PORTCULLIS_HOME`.
 
+Instead of being set in the environment, a variable may be a file called like it in lower case, in the folder that
+`PORTCULLIS_SECRETS_DIR` names: `/run/secrets/portcullis_key_pepper`, as container engines mount secrets. What is set in the
+environment goes before.
+
 <!-- Made from the settings classes by `python -m tests.contract.configuration_page`; do not edit. -->
 
 ## `./run up`

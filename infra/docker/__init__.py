@@ -1,0 +1,1 @@
+"""Images of the services, and what the compose file mounts into them."""

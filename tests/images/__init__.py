@@ -1,0 +1,1 @@
+"""Images, built and run for real: `./run images`."""
