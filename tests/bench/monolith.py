@@ -28,7 +28,7 @@ from services.auth.core import verifier_of
 from services.limiter.core import PER_KEY
 from services.limiter.lua import SCRIPT, Wire
 
-POOL = 32
+POOL = 16
 CONNECTIONS = 256
 SELECT = "SELECT verifier, scopes, limit_minute, limit_day, expires_at, revoked_at FROM api_keys WHERE key_id = $1"
 

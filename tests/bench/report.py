@@ -161,9 +161,11 @@ class Report:
                 xOffset=altair.XOffset("system:N", sort=None),
                 color=altair.Color("system:N", sort=None, title=None, legend=altair.Legend(orient="bottom")),
             )
-            bars = base.mark_bar().encode(y=altair.Y("median:Q", title=None))
-            spans = base.mark_rule(color="black").encode(y="low:Q", y2="high:Q", color=altair.value("black"))
-            charts.append((bars + spans).properties(height=220))
+            # Systems are orders of magnitude apart, and it is ratios that count.
+            axis = altair.Y("median:Q", title=None, scale=altair.Scale(type="log"))
+            medians = base.mark_point(filled=True, size=60).encode(y=axis)
+            spans = base.mark_rule().encode(y="low:Q", y2="high:Q")
+            charts.append((medians + spans).properties(height=260))
         return altair.hconcat(*charts, title=self.title) if charts else None
 
 
