@@ -39,7 +39,8 @@ APART: dict[str, Callable[[list[str]], int]] = {
     "tracing": tracing.main,
     "normaliser": normaliser.main,
 }
-NARROWEST = 150
+NARROWEST = 190
+"""Columns of a table that can be read; a terminal that has fewer wraps the lines."""
 
 
 def main(arguments: list[str]) -> int:

@@ -5,8 +5,6 @@ judgement are those of Portcullis; only what brings a text to them and the answe
 by length and cut by tokens before the network, as Portcullis does it.
 """
 
-from __future__ import annotations
-
 import sys
 from typing import Any
 

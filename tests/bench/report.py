@@ -107,12 +107,12 @@ class Report:
 
     def _table(self, figures: list[str], *, medians: bool = False) -> Table:
         shown = list(dict.fromkeys(figures))
-        title = "processor time by stage, ms for each request" if medians else f"{self.title}; median (lowest to highest)"
+        title = "processor time by stage, ms for each request" if medians else f"{self.title}; median (lowest–highest)"
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left")
         table.add_column("", no_wrap=True)
         table.add_column("", no_wrap=True)
         for figure in shown:
-            table.add_column(figure.removeprefix(STAGE) if medians else figure, justify="right")
+            table.add_column(figure.removeprefix(STAGE) if medians else figure, justify="right", no_wrap=True)
         last = ""
         for row in self.rows:
             cells = [_cell(row, figure, medians=medians) for figure in shown]
@@ -175,7 +175,7 @@ def _cell(row: Row, figure: str, *, medians: bool) -> str:
     spread = row.spread(figure)
     plain = medians or spread.low == spread.high
     spec = _FORMATS.get(figure, ".2f" if spread.median < 100 else ".0f")
-    return f"{spread.median:{spec}}" if plain else f"{spread:{spec}}"
+    return f"{spread.median:{spec}}" if plain else f"{spread.median:{spec}} ({spread.low:{spec}}–{spread.high:{spec}})"
 
 
 def machine() -> dict[str, Any]:

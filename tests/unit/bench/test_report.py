@@ -49,7 +49,7 @@ def test_the_tables_show_medians_with_both_ends_and_each_stage() -> None:
     said = io.StringIO()
     report().show(Console(file=said, width=200))
     text = said.getvalue()
-    assert "150 (100 to 200)" in text
+    assert "150 (100–200)" in text
     assert "throughput: 2.00 (1.00 to 4.00), should be ≥ 4: not met" in text
     assert "time: 2.00 (1.00 to 4.00), should be ≤ 4: met" in text
     stages = text[text.index("processor time by stage") :]
