@@ -128,9 +128,9 @@ portcullis *arguments: _client
 eval *arguments: _evaluation
     @PYTHONPATH="{{ justfile_directory() }}" exec "{{ justfile_directory() }}/{{ python }}" -m services.fallback_model.eval "$@"
 
-# Load on the running stack, closed loop at 1, 8 and 32 callers; see bench --help. Or the normaliser's times: bench normaliser
+# How fast it is, on stacks of its own, next to what it is measured against: bench overhead; see bench --help
 [no-exit-message]
-bench *arguments: _runtime
+bench *arguments: _bench
     @exec {{ python }} -m tests.bench "$@"
 
 # Train the detector anew on DATA, in an environment of its own (torch is large); see services/fallback_model/training
@@ -149,6 +149,9 @@ fix: _development
 # What the stack needs to run, beside what a developer has already installed.
 _runtime:
     @uv sync --frozen --quiet --inexact --all-packages --no-dev
+
+_bench:
+    @uv sync --frozen --quiet --inexact --all-packages --no-dev --group bench
 
 _client:
     @uv sync --frozen --quiet --inexact --package portcullis-client --no-dev

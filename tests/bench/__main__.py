@@ -1,109 +1,84 @@
-"""`./run bench`: how fast the running stack answers, from a load generator that shares its machine.
+"""`./run bench`: how fast Portcullis is, on stacks that it starts for itself, next to what it is measured against.
 
-A closed loop: each caller sends its next text when the last one has been answered, so a slow answer slows the load as well;
-read the percentiles with that in mind. Texts are our own, short and long; nothing is cached between them.
-
-`./run bench normaliser` times the normaliser alone, without a stack. `./run bench tracing` tells what traces and metrics cost.
+Parts: `overhead`, `model`, `batch`, and those of `scale`: `replicas`, `length`, `keys`, `sizes`, `connections`; all of them when
+none is named. One process makes the load, on the same processors as what it measures; docs/benchmarks.md says how, and what was
+found. Besides, each with a --help of its own: `compare A B` measures two revisions pair by pair, `tracing` tells what traces and
+metrics cost, `normaliser` times the normaliser alone, `footprint` tells what a detection costs each stage in processor time and
+messages, and `scale-out` how much more is done by more workers, with a model that sleeps.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import os
-import secrets
+import signal
 import sys
-import time
+from collections.abc import Callable
+from pathlib import Path
 
 import aiohttp
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
-from infra.embedded.home import locate_home
-from tests.bench import batch, footprint, normaliser, scale_out, tracing
-from tests.bench.load import BenchError, Measured, issued_key, texts
+from tests.bench import batch, compare, footprint, generator, model, normaliser, overhead, scale, scale_out, tracing
+from tests.bench.load import BenchError
+from tests.bench.report import Report, default_folder
+from tests.bench.turns import Options
 
-WARM_UP_SECONDS = 1.0
-
-
-async def measure(session: aiohttp.ClientSession, key: str, callers: int, seconds: float) -> Measured:
-    """Load from this many callers for this long, after a warm-up that does not count."""
-    measured = Measured(callers)
-    supply = texts()
-    began = time.perf_counter() + WARM_UP_SECONDS
-    end = began + seconds
-
-    async def caller() -> None:
-        while (started := time.perf_counter()) < end:
-            async with session.post(
-                "/v1/detect", json={"text": f"{next(supply)} {secrets.token_hex(4)}"}, headers={"X-API-Key": key}
-            ) as response:
-                await response.read()
-            finished = time.perf_counter()
-            if began <= started:
-                if response.status == 200:
-                    measured.latencies.append((finished - started) * 1000)
-                else:
-                    measured.failures += 1
-
-    await asyncio.gather(*(caller() for _ in range(callers)))
-    measured.seconds = time.perf_counter() - began
-    return measured
+PARTS: dict[str, Callable[[Options], Report]] = {
+    "overhead": overhead.run,
+    "model": model.run,
+    "batch": batch.run,
+    "replicas": scale.replicas,
+    "length": scale.length,
+    "keys": scale.keyring,
+    "sizes": scale.sizes,
+    "connections": scale.connections,
+}
+SCALE = ("replicas", "length", "keys", "sizes", "connections")
+APART: dict[str, Callable[[list[str]], int]] = {
+    "compare": compare.main,
+    "tracing": tracing.main,
+    "normaliser": normaliser.main,
+    "footprint": footprint.main,
+    "scale-out": scale_out.main,
+}
+NARROWEST = 190
+"""Columns of a table that can be read; a terminal that has fewer wraps the lines."""
 
 
-async def bench(url: str, token: str, levels: list[int], seconds: float) -> list[Measured]:
-    """Measure each level with a key of its own, which is deleted afterwards."""
-    connector = aiohttp.TCPConnector(limit=0)
-    async with aiohttp.ClientSession(url, connector=connector) as session:
-        results = []
-        for callers in levels:
-            async with issued_key(session, token) as key:
-                results.append(await measure(session, key, callers, seconds))
-        return results
-
-
-def main() -> int:
-    if sys.argv[1:2] == ["normaliser"]:
-        return normaliser.main(sys.argv[2:])
-    if sys.argv[1:2] == ["batch"]:
-        return batch.main(sys.argv[2:])
-    if sys.argv[1:2] == ["footprint"]:
-        return footprint.main(sys.argv[2:])
-    if sys.argv[1:2] == ["scale-out"]:
-        return scale_out.main(sys.argv[2:])
-    if sys.argv[1:2] == ["tracing"]:
-        return tracing.main(sys.argv[2:])
-    port = os.environ.get("PORTCULLIS_EDGE_PORT", "8000")
+def main(arguments: list[str]) -> int:
+    # Whoever is told to stop stops what it has started first.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    if arguments and (apart := APART.get(arguments[0])) is not None:
+        return apart(arguments[1:])
     parser = argparse.ArgumentParser(
-        prog="./run bench", description=__doc__, epilog="bench batch: many texts at a time; see bench batch --help"
+        prog="./run bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--url", default=f"http://127.0.0.1:{port}", help="where the gateway is (default: %(default)s)")
-    parser.add_argument("--callers", type=int, nargs="+", default=[1, 8, 32], help="how many at a time (default: 1 8 32)")
-    parser.add_argument("--seconds", type=float, default=10.0, help="for each level (default: 10)")
-    arguments = parser.parse_args()
-    console = Console(highlight=False)
-    try:
-        token = os.environ.get("PORTCULLIS_ADMIN_TOKEN") or locate_home(dict(os.environ)).admin_token.read_text().strip()
-        results = asyncio.run(bench(arguments.url, token, arguments.callers, arguments.seconds))
-    except FileNotFoundError:
-        print("bench: no admin token; start the stack with ./run up, or set PORTCULLIS_ADMIN_TOKEN", file=sys.stderr)
-        return 1
-    except (aiohttp.ClientError, BenchError) as error:
-        print(f"bench: {error}; is the stack running (./run status)?", file=sys.stderr)
-        return 1
-    table = Table(
-        box=box.SIMPLE_HEAD, pad_edge=False, title=f"{arguments.url}, {os.cpu_count()} processors, load generator included"
-    )
-    for title in ("callers", "requests/s", "median ms", "p99 ms", "answered", "failed"):
-        table.add_column(title, justify="right")
-    for one in results:
-        shown = (f"{one.percentile(0.5):.1f}", f"{one.percentile(0.99):.1f}") if one.latencies else ("", "")
-        rate = f"{len(one.latencies) / one.seconds:.0f}"
-        table.add_row(str(one.callers), rate, *shown, str(len(one.latencies)), str(one.failures))
-    console.print(table)
-    return 0 if all(one.latencies and not one.failures for one in results) else 1
+    parser.add_argument("parts", nargs="*", metavar="PART", help="default: all")
+    parser.add_argument("--seconds", type=float, default=3.0, help="of each stretch of load (default: 3)")
+    parser.add_argument("--repeats", type=int, default=3, help="of each (default: 3)")
+    parser.add_argument("--levels", type=int, nargs="+", default=[], help="callers at a time, for overhead and model")
+    parser.add_argument("--out", type=Path, help="where JSON, PNG and HTML go (default: .portcullis/bench)")
+    chosen = parser.parse_args(arguments)
+    parts = [name for part in chosen.parts or PARTS for name in (SCALE if part == "scale" else (part,))]
+    if unknown := [part for part in parts if part not in PARTS]:
+        parser.error(f"there is no part {unknown[0]!r}; there are {', '.join((*PARTS, 'scale', *APART))}")
+    options = Options(chosen.seconds, chosen.repeats, tuple(chosen.levels))
+    generator.raise_file_limit()
+    console = Console(highlight=False, width=max(NARROWEST, Console().width))
+    failed = False
+    for part in parts:
+        try:
+            report = PARTS[part](options)
+        except (aiohttp.ClientError, BenchError) as error:
+            print(f"bench {part}: {error}", file=sys.stderr)
+            failed = True
+            continue
+        report.show(console)
+        written = report.save(chosen.out or default_folder())
+        console.print(f"written: {', '.join(os.path.relpath(path) for path in written)}", soft_wrap=True)
+    return int(failed)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -1,45 +1,45 @@
-"""`./run bench batch`: what streamed batches cost and do, on the running stack; figures of one run on one machine.
+"""`./run bench batch`: what many texts at a time cost, streamed and as a job, and what single texts feel of them.
 
 - the first result of a batch of 1 000, against a single detection;
-- texts a second of a streamed batch, against onnxruntime alone on the same texts: prepared beforehand, sorted by length, in
-  the best of some batch sizes, on as many threads as there are processors;
-- memory of the edge and the proxy while 1 000 and 100 000 lines are uploaded;
+- texts a second of a streamed batch and of a job, against onnxruntime alone on the same texts: prepared beforehand, sorted by
+  length, in the best of some batch sizes, on as many threads as there are processors;
+- memory of the edge and the proxy while 1 000 and 20 000 lines are uploaded;
 - latency of single detections, alone, beside a batch, and beside a job.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
-import os
 import secrets
-import sys
+import statistics
 import time
-from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
-from itertools import islice
 from typing import Any
 
 import aiohttp
 import psutil
-from rich import box
-from rich.console import Console
-from rich.table import Table
+import uvloop
 
 from infra.embedded.control import Supervisor
-from infra.embedded.home import locate_home
-from services.fallback_model import processors
-from services.fallback_model.detector import Model
-from services.fallback_model.paths import DEFAULT_MODEL
-from tests.bench.load import BenchError, Measured, issued_key, texts
+from infra.embedded.home import Home
+from tests.bench.alone import Alone, by_tokens
+from tests.bench.figures import Spread, percentile, ratios
+from tests.bench.load import BenchError, issued_key, made, texts
+from tests.bench.report import P50, P99, Bar, Report
+from tests.bench.systems import Stack, portcullis
+from tests.bench.turns import Options
 
 NDJSON = {"Content-Type": "application/x-ndjson"}
-BATCH_TOKENS = (128, 256, 512, 1024, 2048)
+TEXTS = 1000
+LINES = 20_000
 JOB_ITEMS = 20_000
 SETTLING_SECONDS = 2.0
+POLL_SECONDS = 0.1
 WATCHED = ("edge", "detector_proxy", "fallback_model")
+TEXTS_RATE, MEMORY, FIRST = "texts/s", "memory MB", "first ms"
+ALONE, STREAM, LIST, JOB = "onnxruntime alone", "NDJSON", "a list", "a job"
 
 
 class Gateway:
@@ -58,8 +58,8 @@ class Gateway:
                 raise BenchError(f"a detection was answered {response.status}")
         return (time.perf_counter() - began) * 1000
 
-    async def stream(self, data: Any, headers: dict[str, str]) -> tuple[float, float, dict[str, Any]]:
-        """Milliseconds to the first line and to the last, and the summary."""
+    async def stream(self, data: Any, headers: dict[str, str]) -> tuple[float, float]:
+        """Milliseconds to the first line and to the last."""
         began = time.perf_counter()
         first = 0.0
         line = b""
@@ -72,14 +72,37 @@ class Gateway:
         summary: dict[str, Any] = json.loads(line)["summary"]
         if summary["failed"] or not summary["complete"]:
             raise BenchError(f"a batch did not go well: {summary}")
-        return first, (time.perf_counter() - began) * 1000, summary
+        return first, (time.perf_counter() - began) * 1000
 
-    async def listed(self, batch: list[str]) -> tuple[float, float, dict[str, Any]]:
+    async def listed(self, batch: list[str]) -> tuple[float, float]:
         body = json.dumps({"requests": [{"text": text} for text in batch]})
         return await self.stream(body, {"Content-Type": "application/json"})
 
-    async def upload(self, batch: AsyncIterator[str] | list[str]) -> tuple[float, float, dict[str, Any]]:
+    async def upload(self, batch: AsyncIterator[str] | list[str]) -> tuple[float, float]:
         return await self.stream(_lines(batch), NDJSON)
+
+    async def submit(self, batch: list[str]) -> str:
+        """Where the job is that judges these texts."""
+        headers = self.headers | NDJSON | {"Prefer": "respond-async"}
+        async with self.session.post("/v1/detect/batch", data=_lines(batch), headers=headers) as response:
+            if response.status != 202:
+                raise BenchError(f"a job was answered {response.status}: {await response.text()}")
+            return response.headers["Location"]
+
+    async def job(self, batch: list[str]) -> tuple[float, float]:
+        """Milliseconds until a job was accepted, and until it was over."""
+        began = time.perf_counter()
+        place = await self.submit(batch)
+        accepted = (time.perf_counter() - began) * 1000
+        while (state := await self.state(place)) in ("queued", "running"):
+            await asyncio.sleep(POLL_SECONDS)
+        if state != "done":
+            raise BenchError(f"a job ended as {state}")
+        return accepted, (time.perf_counter() - began) * 1000
+
+    async def state(self, place: str) -> str:
+        async with self.session.get(place, headers=self.headers) as response:
+            return str((await response.json())["state"])
 
 
 async def _lines(batch: AsyncIterator[str] | list[str]) -> AsyncIterator[bytes]:
@@ -90,53 +113,11 @@ async def _lines(batch: AsyncIterator[str] | list[str]) -> AsyncIterator[bytes]:
         yield json.dumps({"text": text}).encode() + b"\n"
 
 
-def made(count: int) -> list[str]:
-    return [f"{text} {secrets.token_hex(4)}" for text in islice(texts(), count)]
-
-
-def median(values: list[float]) -> float:
-    return sorted(values)[len(values) // 2]
-
-
-class Alone:
-    """onnxruntime and nothing else, on as many threads as there are processors."""
-
-    def __init__(self) -> None:
-        threads = processors.usable()
-        self._model = Model(DEFAULT_MODEL, threads, 1)
-        self._pool = ThreadPoolExecutor(threads)
-
-    def rows(self, batch: list[str]) -> list[Any]:
-        """What the network is given, sorted by length; preparing it is not counted."""
-        return sorted((row for text in batch for row in self._model.prepare(text).rows), key=len)
-
-    def seconds(self, rows: list[Any], tokens: int) -> float:
-        """Seconds that `rows` take in batches of at most so many tokens, padding included."""
-        batches: list[list[Any]] = [[]]
-        for row in rows:
-            if batches[-1] and len(row) * (len(batches[-1]) + 1) > tokens:
-                batches.append([])
-            batches[-1].append(row)
-        free = list(self._model.sessions)
-
-        def run(one: list[Any]) -> None:
-            session = free.pop()
-            session.run(one)
-            free.append(session)
-
-        began = time.perf_counter()
-        list(self._pool.map(run, batches))
-        return time.perf_counter() - began
-
-    def close(self) -> None:
-        self._pool.shutdown()
-
-
 class Memory:
     """The highest resident size of each watched service while a block runs, in MB, all replicas together."""
 
-    def __init__(self) -> None:
-        states = Supervisor(locate_home(dict(os.environ))).processes()
+    def __init__(self, home: Home) -> None:
+        states = Supervisor(home).processes()
         self._processes = {
             name: [psutil.Process(state.pid) for state in states if state.pid and state.name.rpartition("_")[0] == name]
             for name in WATCHED
@@ -162,75 +143,74 @@ class Memory:
             await asyncio.sleep(0.1)
 
 
-async def first_result(gateway: Gateway, show: Callable[..., None]) -> None:
-    batch = made(1000)
+async def first_result(gateway: Gateway, report: Report, options: Options) -> None:
+    batch = made(TEXTS)
     for text in batch[:20]:
         await gateway.single(text)
-    single = median([await gateway.single(text) for text in batch[:100]])
-    first = median([(await gateway.listed([text, *batch[1:]]))[0] for text in made(5)])
-    show("first of 1 000", f"{first:.1f} ms", f"a single detection: {single:.1f} ms", f"{first / single:.2f} times")
+    singles, firsts = [], []
+    for _ in range(options.repeats):
+        singles.append(statistics.median([await gateway.single(text) for text in batch[:50]]))
+        firsts.append((await gateway.listed([*made(1), *batch[1:]]))[0])
+    report.add("a single detection", "first result", {FIRST: singles})
+    report.add("a list of 1 000", "first result", {FIRST: firsts})
 
 
-async def throughput(gateway: Gateway, show: Callable[..., None], count: int) -> None:
+async def throughput(gateway: Gateway, report: Report, options: Options) -> None:
     """In rounds of a thousand texts, each measured in every way: what else the machine does falls on all of them alike."""
     alone = await asyncio.to_thread(Alone)
-    probe = await asyncio.to_thread(alone.rows, made(500))
-    tokens = min(BATCH_TOKENS, key=lambda tokens: alone.seconds(probe, tokens))
-    ways = {"NDJSON": gateway.upload, "a list": gateway.listed}
-    spent: dict[str, list[float]] = {name: [] for name in (*ways, "alone")}
-    for _ in range(max(1, count // 1000)):
-        batch = made(1000)
-        rows = await asyncio.to_thread(alone.rows, batch)
-        spent["alone"].append(await asyncio.to_thread(alone.seconds, rows, tokens))
+    tokens = alone.best_tokens(await asyncio.to_thread(alone.rows, made(500)))
+    ways: dict[str, Callable[[list[str]], Awaitable[tuple[float, float]]]] = {
+        STREAM: gateway.upload,
+        LIST: gateway.listed,
+        JOB: gateway.job,
+    }
+    rates: dict[str, list[float]] = {name: [] for name in (ALONE, *ways)}
+    for _ in range(options.repeats):
+        batch = made(TEXTS)
+        batches = by_tokens(await asyncio.to_thread(alone.rows, batch), tokens)
+        rates[ALONE].append(TEXTS / await asyncio.to_thread(alone.seconds, batches))
         for name, ask in ways.items():
-            spent[name].append((await ask(batch))[1] / 1000)
+            rates[name].append(TEXTS * 1000 / (await ask(batch))[1])
     alone.close()
-    reached = 1000 / median(spent["alone"])
+    report.notes.append(f"onnxruntime alone in batches of {tokens} tokens, sorted by length")
+    for name, values in rates.items():
+        report.add(name, f"{TEXTS} texts", {TEXTS_RATE: values})
     for name in ways:
-        share = median([mine / ours for mine, ours in zip(spent["alone"], spent[name], strict=True)])
-        against = f"onnxruntime alone: {reached:.0f} (batches of {tokens} tokens)"
-        show(f"texts/s, {name}", f"{1000 / median(spent[name]):.0f}", against, f"{100 * share:.0f} %")
+        share = Spread.of(ratios(rates[name], rates[ALONE]))
+        report.bars.append(Bar(f"texts/s, {name}, of onnxruntime alone", share, 0.85, at_least=True))
 
 
-async def memory(gateway: Gateway, show: Callable[..., None], lines: int) -> None:
+async def memory(gateway: Gateway, report: Report, home: Home) -> None:
     async def short(count: int) -> AsyncIterator[str]:
         for number in range(count):
             yield f"What is {number} plus {number % 7}?"
 
-    watch = Memory()
-    sizes = []
-    for count in (1000, lines):
+    watch = Memory(home)
+    for count in (TEXTS, LINES):
         async with watch.watched():
             await gateway.upload(short(count))
-        sizes.append(watch.highest)
-    for name in WATCHED[:2]:
-        small, large = sizes[0][name], sizes[1][name]
-        show(f"memory, {name}", f"{large:.1f} MB at {lines} lines", f"{small:.1f} MB at 1 000", f"{large - small:+.1f} MB")
+        for name in WATCHED[:2]:
+            report.add(name, f"{count} lines", {MEMORY: [watch.highest[name]]})
 
 
-async def beside(gateway: Gateway, show: Callable[..., None], seconds: float) -> None:
-    async def singles() -> Measured:
-        measured = Measured(1)
-        end = time.perf_counter() + seconds
-        for text in texts():
-            if time.perf_counter() > end:
-                break
-            measured.latencies.append(await gateway.single(f"{text} {secrets.token_hex(4)}"))
-            await asyncio.sleep(0.02)
-        return measured
+async def beside(gateway: Gateway, report: Report, options: Options) -> None:
+    async def singles() -> dict[str, list[float]]:
+        rounds = []
+        for _ in range(options.repeats):
+            latencies = []
+            end = time.perf_counter() + options.seconds
+            for text in texts():
+                if time.perf_counter() > end:
+                    break
+                latencies.append(await gateway.single(f"{text} {secrets.token_hex(4)}"))
+                await asyncio.sleep(0.02)
+            rounds.append(latencies)
+        return {figure: [percentile(one, share) for one in rounds] for figure, share in ((P50, 0.5), (P99, 0.99))}
 
-    quiet = await singles()
-    for name, load in (("batch", _batch_running), ("job", _job_running)):
+    report.add("alone", "single texts", await singles())
+    for name, load in (("beside a batch", _batch_running), ("beside a job", _job_running)):
         async with load(gateway):
-            loud = await singles()
-        for share, figure in ((0.5, "median"), (0.99, "p99")):
-            with_it, without = loud.percentile(share), quiet.percentile(share)
-            show(
-                f"single, {figure}",
-                f"{with_it:.1f} ms beside a {name}",
-                f"{without:.1f} ms alone",
-                f"{with_it / without:.2f} times",
-            )
+            report.add(name, "single texts", await singles())
 
 
 @asynccontextmanager
@@ -254,66 +234,31 @@ async def _batch_running(gateway: Gateway) -> AsyncIterator[None]:
 @asynccontextmanager
 async def _job_running(gateway: Gateway) -> AsyncIterator[None]:
     """A job that is too large to be done in the meantime."""
-    headers = gateway.headers | NDJSON | {"Prefer": "respond-async"}
-    async with gateway.session.post("/v1/detect/batch", data=_lines(made(JOB_ITEMS)), headers=headers) as response:
-        if response.status != 202:
-            raise BenchError(f"a job was answered {response.status}: {await response.text()}")
-        place = response.headers["Location"]
+    place = await gateway.submit(made(JOB_ITEMS))
     await asyncio.sleep(SETTLING_SECONDS)
     yield
-    async with gateway.session.get(place, headers=gateway.headers) as response:
-        job = await response.json()
-    if job["state"] != "running":
-        raise BenchError(f"the job was not running any more: {job}")
+    if (state := await gateway.state(place)) != "running":
+        raise BenchError(f"the job was not running any more: {state}")
     async with gateway.session.delete(place, headers=gateway.headers):
         pass
 
 
-async def bench(
-    url: str, token: str, parts: list[str], count: int, lines: int, seconds: float, show: Callable[..., None]
-) -> None:
+def run(options: Options) -> Report:
+    with portcullis({}) as stack:
+        return uvloop.run(_measure(options, stack))
+
+
+async def _measure(options: Options, stack: Stack) -> Report:
+    report = Report("batch", "Many texts at a time", plotted=(TEXTS_RATE, P50, P99))
     connector = aiohttp.TCPConnector(limit=0)
     timeout = aiohttp.ClientTimeout(total=None, sock_read=120)
     async with (
-        aiohttp.ClientSession(url, connector=connector, timeout=timeout) as session,
-        issued_key(session, token) as key,
+        aiohttp.ClientSession(stack.url, connector=connector, timeout=timeout) as session,
+        issued_key(session, stack.token) as key,
     ):
         gateway = Gateway(session, key)
-        if "first" in parts:
-            await first_result(gateway, show)
-        if "throughput" in parts:
-            await throughput(gateway, show, count)
-        if "beside" in parts:
-            await beside(gateway, show, seconds)
-        if "memory" in parts:
-            await memory(gateway, show, lines)
-
-
-def main(arguments: list[str]) -> int:
-    port = os.environ.get("PORTCULLIS_EDGE_PORT", "8000")
-    every = ["first", "throughput", "beside", "memory"]
-    parser = argparse.ArgumentParser(
-        prog="./run bench batch", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--url", default=f"http://127.0.0.1:{port}", help="where the gateway is (default: %(default)s)")
-    parser.add_argument("--parts", nargs="+", choices=every, default=every)
-    parser.add_argument("--texts", type=int, default=3000, help="for the throughput, in rounds of 1000 (default: 3000)")
-    parser.add_argument("--lines", type=int, default=100_000, help="of the long upload (default: 100000)")
-    parser.add_argument("--seconds", type=float, default=15.0, help="of single detections, each time (default: 15)")
-    chosen = parser.parse_args(arguments)
-    table = Table(
-        box=box.SIMPLE_HEAD, pad_edge=False, title=f"{chosen.url}, {processors.usable()} processors, this load included"
-    )
-    for title in ("", "batch", "against", ""):
-        table.add_column(title)
-    try:
-        token = os.environ.get("PORTCULLIS_ADMIN_TOKEN") or locate_home(dict(os.environ)).admin_token.read_text().strip()
-        asyncio.run(bench(chosen.url, token, chosen.parts, chosen.texts, chosen.lines, chosen.seconds, table.add_row))
-    except FileNotFoundError:
-        print("bench: no admin token; start the stack with ./run up, or set PORTCULLIS_ADMIN_TOKEN", file=sys.stderr)
-        return 1
-    except (aiohttp.ClientError, BenchError) as error:
-        print(f"bench: {error}; is the stack running (./run status)?", file=sys.stderr)
-        return 1
-    Console(highlight=False, width=None if sys.stdout.isatty() else 130).print(table)
-    return 0
+        await first_result(gateway, report, options)
+        await throughput(gateway, report, options)
+        await beside(gateway, report, options)
+        await memory(gateway, report, stack.home)
+    return report

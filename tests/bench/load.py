@@ -1,11 +1,12 @@
-"""What the benchmarks have in common: texts, a key, and what callers saw."""
+"""What the benchmarks have in common: texts, a key, and how they fail."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import AsyncIterator
+import json
+import secrets
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
 
 import aiohttp
 
@@ -18,24 +19,12 @@ SENTENCES = (
 )
 SENTENCES_PER_TEXT = (1, 1, 1, 2, 5, 20)
 """Most texts are short; the mean is 5 sentences, about 70 tokens."""
+LIMITS = {"rate_limit_per_minute": 1_000_000, "rate_limit_per_day": 1_000_000_000}
+"""The highest that there are: the limiter decides, and refuses nobody."""
 
 
 class BenchError(Exception):
     """The benchmark cannot run; the text is one line."""
-
-
-@dataclass(slots=True)
-class Measured:
-    """What `callers` saw. Latencies in milliseconds."""
-
-    callers: int
-    seconds: float = 0.0
-    latencies: list[float] = field(default_factory=list)
-    failures: int = 0
-
-    def percentile(self, share: float) -> float:
-        ordered = sorted(self.latencies)
-        return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
 
 def texts() -> itertools.cycle[str]:
@@ -48,12 +37,21 @@ def texts() -> itertools.cycle[str]:
     return itertools.cycle(made)
 
 
+def made(count: int) -> list[str]:
+    """So many texts of the mix of lengths, no two alike."""
+    return [f"{text} {secrets.token_hex(4)}" for text in itertools.islice(texts(), count)]
+
+
+def bodies(supply: list[str]) -> Iterator[bytes]:
+    """The same as bodies of requests."""
+    return (json.dumps({"text": text}).encode() for text in supply)
+
+
 @asynccontextmanager
 async def issued_key(session: aiohttp.ClientSession, token: str) -> AsyncIterator[str]:
     """A key without limits that matter, deleted afterwards. `token`: the admin token. Raises `BenchError`."""
     admin = {"X-Admin-Token": token}
-    limits = {"rate_limit_per_minute": 1_000_000, "rate_limit_per_day": 1_000_000_000}
-    async with session.post("/admin/keys", json={"name": "Bench", **limits}, headers=admin) as response:
+    async with session.post("/admin/keys", json={"name": "Bench", **LIMITS}, headers=admin) as response:
         issued = await response.json()
         if response.status != 201:
             raise BenchError(f"no key could be made: {response.status} {issued.get('detail')}")

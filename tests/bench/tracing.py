@@ -12,33 +12,28 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import os
 import random
 import secrets
 import socket
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import aiohttp
-import psutil
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from tests.bench.load import BenchError, issued_key, texts
+from tests.bench.systems import Stack, engine, portcullis
 
-ROOT = Path(__file__).parents[2]
 PROCESSES = 12
 """Ports in a row for metrics; more than there are processes."""
 SCRAPE_SECONDS = 5.0
-START_SECONDS = 120
 MOST = 0.10
 """Of the throughput."""
 MOST_DEGRADED = 0.5
@@ -50,8 +45,7 @@ class Side:
     """One stack under load. By round: `rates`, requests a second; `costs`, milliseconds of processor time for each."""
 
     name: str
-    url: str
-    home: Path
+    stack: Stack
     session: aiohttp.ClientSession
     key: str
     rates: list[float] = field(default_factory=list)
@@ -59,16 +53,7 @@ class Side:
 
     def processor_seconds(self) -> float:
         """What all processes of the stack have used, servers and all."""
-        supervisor = psutil.Process(int((self.home / "supervisord.pid").read_text()))
-        used = [each.cpu_times() for each in supervisor.children(recursive=True)]
-        return sum(times.user + times.system for times in used)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+        return sum(self.stack.cpu().values())
 
 
 def _free_row() -> int:
@@ -81,51 +66,14 @@ def _free_row() -> int:
             return first
 
 
-@contextmanager
-def _stub() -> Iterator[str]:
-    port = _free_port()
-    process = subprocess.Popen([sys.executable, "-m", "tests.bench.stub", str(port)], cwd=ROOT)
-    try:
-        deadline = time.monotonic() + 10
-        while socket.socket().connect_ex(("127.0.0.1", port)):
-            if time.monotonic() > deadline:
-                raise BenchError("the stub does not start")
-            time.sleep(0.05)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.terminate()
-        process.wait()
-
-
-@contextmanager
-def _stack(home: Path, environment: dict[str, str]) -> Iterator[str]:
-    port = _free_port()
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("PORTCULLIS_", "OTEL_"))}
-    own = {**inherited, **environment, "PORTCULLIS_HOME": str(home), "PORTCULLIS_EDGE_PORT": str(port)}
-
-    def run(*arguments: str) -> None:
-        done = subprocess.run(
-            [sys.executable, "-m", "infra.embedded", *arguments], cwd=ROOT, env=own, capture_output=True, timeout=START_SECONDS
-        )
-        if done.returncode:
-            raise BenchError(f"{arguments[0]}: {(done.stdout + done.stderr).decode()[-500:]}")
-
-    try:
-        run("up", "--detach")
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        run("down")
-
-
 @asynccontextmanager
-async def _side(name: str, home: Path, environment: dict[str, str]) -> AsyncIterator[Side]:
-    with _stack(home, environment) as url:
-        token = (home / "secrets" / "admin-token").read_text().strip()
+async def _side(name: str, environment: dict[str, str]) -> AsyncIterator[Side]:
+    with portcullis(environment) as stack:
         async with (
-            aiohttp.ClientSession(url, connector=aiohttp.TCPConnector(limit=0)) as session,
-            issued_key(session, token) as key,
+            aiohttp.ClientSession(stack.url, connector=aiohttp.TCPConnector(limit=0)) as session,
+            issued_key(session, stack.token) as key,
         ):
-            yield Side(name, url, home, session, key)
+            yield Side(name, stack, session, key)
 
 
 @asynccontextmanager
@@ -173,15 +121,14 @@ async def load(side: Side, callers: int, seconds: float) -> None:
     side.costs.append((side.processor_seconds() - used) * 1000 / answered)
 
 
-async def compare(engine: dict[str, str], collector: str, callers: int, rounds: int, seconds: float) -> tuple[Side, Side]:
+async def compare(settings: dict[str, str], collector: str, callers: int, rounds: int, seconds: float) -> tuple[Side, Side]:
     """Both sides, loaded by turns."""
     async with AsyncExitStack() as stack:
-        homes = [Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pc-bench-"))) for _ in range(2)]
         row = _free_row()
         watched = {"OTEL_EXPORTER_OTLP_ENDPOINT": collector, "PORTCULLIS_METRICS_PORT": str(row)}
-        with_both = await stack.enter_async_context(_side("with", homes[0], {**engine, **watched}))
+        with_both = await stack.enter_async_context(_side("with", {**settings, **watched}))
         without = await stack.enter_async_context(
-            _side("without", homes[1], {**engine, "PYTHONPATH": str(Path(__file__).parent / "unmeasured")})
+            _side("without", {**settings, "PYTHONPATH": str(Path(__file__).parent / "unmeasured")})
         )
         await stack.enter_async_context(_scraped(row))
         for side in (with_both, without):
@@ -221,15 +168,16 @@ def main(arguments: list[str]) -> int:
         table.add_column(title, justify="right")
     worst = 1.0
     try:
-        with _stub() as stub:
+        with engine() as served:
+            stub = served.url
             engines = {
                 "detect": {"PORTCULLIS_ENGINE_KIND": "detect", "PORTCULLIS_ENGINE_URL": stub},
                 "model": dict[str, str](),
             }
-            for name, engine in engines.items():
+            for name, settings in engines.items():
                 if options.engine not in (name, "both"):
                     continue
-                sides = asyncio.run(compare(engine, stub, options.callers, options.rounds, options.seconds))
+                sides = asyncio.run(compare(settings, stub, options.callers, options.rounds, options.seconds))
                 rates = statistics.quantiles(ratios(*(side.rates for side in sides)), n=4)
                 costs = statistics.quantiles(ratios(*(side.costs for side in sides)), n=4)
                 rate, other_rate = (statistics.mean(side.rates) for side in sides)

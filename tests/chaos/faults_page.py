@@ -35,11 +35,11 @@ What is said here is of one replica of each. Of two, the other one goes on: a ki
 Tests in *italics* run by `./run chaos` alone, which plays the whole matrix and then the storms (two replicas of each service, a
 random one killed, or paused for 3 s, every 5 s, whether or not all is whole again by then; a rolling restart of everything;
 PostgreSQL away for longer than keys are believed; NATS restarted), and lets 10 000 callers leave in the middle of what they do.
-They are scenarios of `tests/chaos/matrix.py`: `./run chaos -k nats-partition`. `./run soak` uses a stack for half an hour, in which
-no process may grow by 1 MB a minute.
+They are scenarios of `tests/chaos/matrix.py`: `./run chaos -k nats-partition`. `./run soak` uses a stack for half an hour, in
+which no process may grow by 1 MB a minute.
 
-What callers send that they should not has a list of its own, with what comes back of it: `tests/bad_inputs.py`, of which every row is
-played against a running stack in every test run.
+What callers send that they should not has a list of its own, with what comes back of it: `tests/bad_inputs.py`, of which every
+row is played against a running stack in every test run.
 
 <!-- Made from tests/chaos/matrix.py by `python -m tests.chaos.faults_page`; do not edit. -->
 """

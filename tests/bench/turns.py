@@ -1,0 +1,57 @@
+"""Systems are measured by turns, round by round, so that whatever else the machine does falls on all of them alike."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from tests.bench.figures import Stretch, arrivals
+from tests.bench.generator import Work
+from tests.bench.systems import System
+
+WARM_UP_SECONDS = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """`seconds` of each stretch, `repeats` of each; `levels`: callers at a time, empty for those of the part."""
+
+    seconds: float = 3.0
+    repeats: int = 3
+    levels: tuple[int, ...] = ()
+
+
+def closed(callers: int, seconds: float, connections: int = 0) -> Work:
+    return lambda load: load.closed(callers, seconds, connections)
+
+
+def opened(rate: float, seconds: float, seed: int = 7) -> Work:
+    due = arrivals(rate, seconds, seed)
+    return lambda load: load.open(due)
+
+
+def rotated(count: int, number: int) -> list[int]:
+    """In which order so many go in this round: each is first in turn, so that none always follows the same one."""
+    return [(at + number) % count for at in range(count)]
+
+
+async def in_turn(
+    systems: Sequence[System],
+    work: Mapping[str, Work],
+    repeats: int,
+    warm_up: Work,
+    each_round: Callable[[], Awaitable[None]] | None = None,
+) -> dict[str, list[Stretch]]:
+    """What each system's `work` came to, `repeats` times, by its name; each time after a warm-up that does not count.
+
+    `each_round`: what else is measured in every round, before them.
+    """
+    found: dict[str, list[Stretch]] = {system.name: [] for system in systems}
+    for number in range(repeats):
+        if each_round is not None:
+            await each_round()
+        for at in rotated(len(systems), number):
+            system = systems[at]
+            await warm_up(system.load)
+            found[system.name].append(await system.measure(work[system.name]))
+    return found
