@@ -562,7 +562,7 @@ class Bus:
         """
         if not again:
             self.retry_budget.count()
-        headers = context.outgoing(self.clock)
+        headers = context.headers()
         with self._hops.sending(subject, headers) as span:
             response = await self._request(subject, message, context, headers, span, idempotent=idempotent, token=token)
             if (error := response.reply.error) is not None:
@@ -588,7 +588,9 @@ class Bus:
                 future.set_result(msg)
 
         async def send() -> None:
-            await self._publish(subject, payload, reply=f"{self._inbox}.{token}", headers=headers)
+            # Sent again, there is less of it.
+            now = headers | context.time_left(self.clock)
+            await self._publish(subject, payload, reply=f"{self._inbox}.{token}", headers=now)
 
         payload = encode(message)
         self._waiting[token] = resolve

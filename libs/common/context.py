@@ -92,13 +92,16 @@ class RequestContext:
         return RequestContext(deadline_ms, self.request_id, self.traceparent, attempt_of=self.attempt_of, ends=ends)
 
     def outgoing(self, clock: Clock) -> dict[str, str]:
-        """The headers of a message that asks for something: those of every message, and how many milliseconds there are for it.
+        """The headers of a message that asks for something and is sent now."""
+        return {**self.headers(), **self.time_left(clock)}
 
-        No other clock is needed to know the time left, and the receiver's own can neither lengthen it nor, by being slow, keep
-        what is late: it goes by whichever of the two comes first.
+    def time_left(self, clock: Clock) -> dict[str, str]:
+        """The header that says for how many milliseconds the sender of a message still waits.
+
+        No other clock is needed to know it. The receiver goes by the deadline or by this, whichever comes first: its own clock
+        can give it no more time, and what was long on its way is late all the same.
         """
-        left_ms = max(0, min(round(self.remaining_seconds(clock) * 1000), MAX_DEADLINE_MS))
-        return {**self.headers(), TIME_LEFT_HEADER: str(left_ms)}
+        return {TIME_LEFT_HEADER: str(max(0, min(round(self.remaining_seconds(clock) * 1000), MAX_DEADLINE_MS)))}
 
     def headers(self) -> dict[str, str]:
         """Those of every message of this request."""

@@ -253,7 +253,7 @@ _CLOCK = (
 def _clock(name: str, more: str = "") -> list[Scenario]:
     return [
         Scenario(
-            name, "clock skew", off_clock(name, -3600, usable=True), 2, statuses=REFUSED, probes=(the_limit_holds,),
+            name, "clock skew", off_clock(name, -3600, usable=True), 2, statuses=SHED, probes=(the_limit_holds,),
             callers="A clock that is slow: nothing; there is no more time for a request than the stage before had left. "
             f"One that is fast by more than the deadline: 504 for everything, since the stage takes it for late.{more}",
             operator=_CLOCK,

@@ -82,7 +82,8 @@ async def _exchange(stack: Stack, row: Http) -> bytes:
     return answer
 
 
-def _check(row: Http, answer: bytes) -> None:
+def check(row: Http, answer: bytes) -> None:
+    """Raises AssertionError, or ValueError and IndexError where the answer is none."""
     head, _, body = answer.partition(b"\r\n\r\n")
     status = int(head.split(b" ", 2)[1])
     assert answer.count(b"HTTP/1.1 ") == row.answers
@@ -111,7 +112,7 @@ async def _play(stack: Stack, row: Http) -> str:
     try:
         async with asyncio.timeout(row.seconds + OF_THE_LOOP_SECONDS * crowding()):
             answer = await _exchange(stack, row)
-        _check(row, answer)
+        check(row, answer)
     except (AssertionError, TimeoutError, ValueError, IndexError) as problem:
         return f"{row.group}, {row.name}: {problem!r} after {time.monotonic() - began:.1f} s: {answer[:300]!r}"
     return ""

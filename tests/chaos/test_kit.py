@@ -9,10 +9,13 @@ from typing import Any, cast
 import aiohttp
 import pytest
 
+from libs.common.errors import ErrorCode
+from tests.bad_inputs import Http
 from tests.chaos.hostile_engine import NAME
 from tests.chaos.kit import LATE_SECONDS, NOISE_SECONDS, Load, Seen
 from tests.chaos.questions import DISTINCT, engines_verdict, is_right, question, released
 from tests.chaos.storm import Harmed, Storm
+from tests.chaos.test_bad_inputs import check
 
 WELL = {"at": 0.0, "status": 200, "latency": 0.1, "correct": True, "degraded": False}
 
@@ -94,3 +97,43 @@ def test_a_recovery_that_takes_longer_than_the_next_harm_is_one_of_both() -> Non
 
 def test_who_never_recovers_is_seen() -> None:
     assert [each.seconds for each in _storm((9.0, 12.0)).recoveries()] == [0.0, math.inf]
+
+
+REFUSED = (
+    b"HTTP/1.1 400 Bad Request\r\ncontent-type: application/problem+json\r\n\r\n"
+    b'{"type":"urn:portcullis:problem:bad_request","status":400,"request_id":"a"}'
+)
+BAD = Http("", "", b"")
+
+
+def test_the_answer_to_a_bad_request_is_looked_at() -> None:
+    check(BAD, REFUSED)
+    for broken in (
+        REFUSED.replace(b"400 Bad", b"200 Bad"),
+        REFUSED.replace(b"problem+json", b"json"),
+        REFUSED.replace(b"bad_request", b"internal"),
+        REFUSED.replace(b'"a"', b'""'),
+        REFUSED * 2,
+        b"",
+    ):
+        with pytest.raises((AssertionError, ValueError, IndexError)):
+            check(BAD, broken)
+
+
+def test_so_is_the_answer_to_an_odd_one() -> None:
+    good = b"HTTP/1.1 200 OK\r\n\r\n"
+    check(Http("", "", b"", None), good)
+    check(Http("", "", b"", None, or_refused=True), REFUSED.replace(b"400", b"503"))
+    check(Http("", "", b"", None, answers=2), good * 2)
+    check(
+        Http("", "", b"", None, inside=ErrorCode.INVALID_FIELD),
+        good + b'{"error":{"type":"urn:portcullis:problem:invalid_field"}}',
+    )
+    for row, answer in (
+        (Http("", "", b"", None), REFUSED),
+        (Http("", "", b"", None, or_refused=True), REFUSED),
+        (Http("", "", b"", None, answers=2), good),
+        (Http("", "", b"", None, inside=ErrorCode.INVALID_FIELD), good + b"{}"),
+    ):
+        with pytest.raises(AssertionError):
+            check(row, answer)

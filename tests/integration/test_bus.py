@@ -16,7 +16,8 @@ from pydantic import SecretStr
 from infra.embedded import servers
 from infra.embedded.servers import Server
 from libs.common import contracts, subjects
-from libs.common.bus import Answer, Bus, Forward, NoRespondersError, origin_of
+from libs.common.bus import RESEND_GRACE_SECONDS, Answer, Bus, Forward, NoRespondersError, origin_of
+from libs.common.clock import SystemClock
 from libs.common.context import RequestContext, new_request_id, new_traceparent
 from libs.common.contracts import Message
 from libs.common.errors import ErrorCode, PortcullisError
@@ -226,9 +227,15 @@ async def test_a_drain_gives_up_on_what_takes_longer_than_it_may(nats_server: Se
         await asyncio.gather(asked, return_exceptions=True)
 
 
+class HourSlow(SystemClock):
+    def now(self) -> float:
+        return super().now() - 3600
+
+
 async def test_what_a_dead_stage_had_in_hand_is_sent_again(make_bus: MakeBus) -> None:
     edge, first, second = make_bus("edge"), make_bus("auth"), make_bus("auth")
     taken: asyncio.Queue[str] = asyncio.Queue()
+    left: list[float] = []
 
     async def never(_: Ping, request: RequestContext) -> Answer:
         taken.put_nowait(request.attempt_of)
@@ -237,8 +244,10 @@ async def test_what_a_dead_stage_had_in_hand_is_sent_again(make_bus: MakeBus) ->
 
     async def answer(message: Ping, request: RequestContext) -> Answer:
         taken.put_nowait(request.attempt_of)
+        left.append(request.remaining_seconds(second.clock))
         return Answer(message)
 
+    second.clock = HourSlow()  # the deadline tells it nothing
     first.stage(subjects.DETECT_REQUEST, Ping, never)
     second.stage(subjects.DETECT_REQUEST, Ping, answer)
     await first.connect()
@@ -255,6 +264,7 @@ async def test_what_a_dead_stage_had_in_hand_is_sent_again(make_bus: MakeBus) ->
             response = await twice
             assert response.reply.result == contracts.raw(Ping(value=2))
             assert await taken.get() in seen  # the same attempt_of: whoever does things once can tell
+            assert 0 < left[0] <= 30 - RESEND_GRACE_SECONDS
             with pytest.raises(PortcullisError) as caught:
                 await once  # not idempotent: never sent again
             assert caught.value.code == ErrorCode.DEADLINE_EXCEEDED
