@@ -82,15 +82,16 @@ class Told:
 
 
 async def each_fault(cluster: Cluster, told: Told) -> None:
-    victim = await cluster.leader(JOB_RESULTS_STREAM)
-    async with told.fault(f"{victim.machine.name} killed (led {JOB_RESULTS_STREAM})"):
+    victim = await cluster.server_of("edge")
+    leads = ", leader of JOB_RESULTS" if victim is await cluster.leader(JOB_RESULTS_STREAM) else ""
+    async with told.fault(f"{victim.machine.name}, to which the edge is connected{leads}, killed"):
         victim.end(signal.SIGKILL)
         await asyncio.sleep(AWAY_SECONDS)
     await back(cluster, told, victim.start, f"{victim.machine.name} started again")
     if not LONG:
         return
     victim = await cluster.leader(JOB_ITEMS_STREAM)
-    async with told.fault(f"{victim.machine.name} cut off (led {JOB_ITEMS_STREAM})"):
+    async with told.fault(f"{victim.machine.name}, leader of {JOB_ITEMS_STREAM}, cut off"):
         with cluster.network.cut_off(victim.machine):
             await asyncio.sleep(AWAY_SECONDS)
     await back(cluster, told, lambda: None, "its cable plugged in again")
