@@ -22,6 +22,7 @@ from infra.embedded import servers
 from infra.embedded.servers import Member, Server
 from infra.embedded.stack import OPERATOR
 from libs.common.subjects import (
+    CONNECTIONS,
     JOB_BUCKET,
     JOB_DEAD_STREAM,
     JOB_HOOKS_STREAM,
@@ -29,6 +30,7 @@ from libs.common.subjects import (
     JOB_RESULTS_STREAM,
     SERVICES,
     USAGE_STREAM,
+    service_of,
 )
 from tests.chaos.conftest import ROOMY
 from tests.chaos.kit import ROOT, Stack
@@ -98,6 +100,20 @@ class Cluster:
             cluster = (await jetstream.stream_info(stream)).cluster
         assert cluster is not None
         return next(node for node in self.nodes if node.machine.name == cluster.leader)
+
+    async def server_of(self, service: str) -> Running:
+        """To which server one process of a service is connected."""
+        async with self.jetstream() as jetstream:
+            connection = jetstream._nc
+            inbox = connection.new_inbox()
+            answers = await connection.subscribe(inbox)
+            await connection.publish(CONNECTIONS, b"{}", reply=inbox)
+            async with asyncio.timeout(5):
+                while True:
+                    told = json.loads((await answers.next_msg(timeout=5)).data)
+                    names = [service_of(each.get("name", "")) for each in told["data"]["connections"]]
+                    if any(name is not None and name[0] == service for name in names):
+                        return next(node for node in self.nodes if node.machine.name == told["server"]["name"])
 
     async def whole(self, timeout_seconds: float) -> None:
         """Wait until every server has everything of every stream."""

@@ -7,6 +7,7 @@ and what an earlier run has left behind goes before.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import random
 import re
@@ -22,6 +23,7 @@ import psutil
 _PREFIX = "pcnet"
 _BRIDGE = "br0"
 _OURS = 254
+_NUMBERS = itertools.count(1)
 
 
 def _ip(*arguments: str) -> str:
@@ -67,7 +69,8 @@ class Network:
 
     def __init__(self) -> None:
         _sweep()
-        self.name = f"{_PREFIX}{os.getpid()}"
+        self.name = f"{_PREFIX}{os.getpid()}-{next(_NUMBERS)}"
+        self.leg = f"pc{self.name.removeprefix(_PREFIX)}"  # Linux has 15 characters for it
         self._switch = f"{self.name}-sw"
         self._subnet = _free_subnet()
         self.machines: list[Machine] = []
@@ -75,11 +78,10 @@ class Network:
         try:
             _ip("-n", self._switch, "link", "add", _BRIDGE, "type", "bridge")
             _ip("-n", self._switch, "link", "set", _BRIDGE, "up")
-            leg = f"{self.name}r"[:15]
-            _ip("link", "add", leg, "type", "veth", "peer", "name", "ours", "netns", self._switch)
+            _ip("link", "add", self.leg, "type", "veth", "peer", "name", "ours", "netns", self._switch)
             _ip("-n", self._switch, "link", "set", "ours", "master", _BRIDGE, "up")
-            _ip("address", "add", f"{self._subnet}.{_OURS}/24", "dev", leg)
-            _ip("link", "set", leg, "up")
+            _ip("address", "add", f"{self._subnet}.{_OURS}/24", "dev", self.leg)
+            _ip("link", "set", self.leg, "up")
         except OSError:
             self.close()
             raise
