@@ -53,7 +53,7 @@ async def parts(bus: Bus, settings: Settings, *, per_key: Policy = PER_KEY) -> A
         partial(handlers.register, limiter=addresses, rng=rng, per_hour=settings.register_per_hour),
     )
     await health.check()
-    if health.up and await adapters.is_cluster(client):
+    if await adapters.is_cluster(client):  # whether or not the heartbeat was answered: it may be another node that has its key
         await client.aclose()
         raise ConfigurationError(f"PORTCULLIS_REDIS_URL: {NO_CLUSTER}")
     watching = asyncio.create_task(health.watch())

@@ -8,7 +8,7 @@ from typing import Any
 
 from libs.common.settings import CommonSettings
 from libs.common.subjects import SERVICES
-from tests.contract.configuration_page import SOURCES, own_settings
+from tests.contract.configuration_page import SOURCES, own
 
 CHART = Path(__file__).parents[2] / "infra" / "helm" / "portcullis"
 SCHEMA = CHART / "values.schema.json"
@@ -50,7 +50,7 @@ def free() -> dict[str, list[str]]:
     """What `env` of the values may set, and `services.<name>.env`."""
     found = {"env": variables(CommonSettings) - EVERY_SERVICE}
     for service in SERVICES:
-        found[f"env_{service}"] = variables(own_settings(SOURCES[service])) - set_by_the_chart(service) - NEVER.keys()
+        found[f"env_{service}"] = variables(own(SOURCES[service])) - set_by_the_chart(service) - NEVER.keys()
     return {name: sorted(names) for name, names in found.items()}
 
 

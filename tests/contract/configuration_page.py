@@ -77,7 +77,7 @@ def _default(value: Any) -> str:
     return "" if value is None or value == "" else f"`{value}`"
 
 
-def own_settings(module_name: str) -> type[CommonSettings]:
+def own(module_name: str) -> type[CommonSettings]:
     """The settings class that a module defines."""
     module = importlib.import_module(module_name)
     (settings,) = (
@@ -91,7 +91,7 @@ def own_settings(module_name: str) -> type[CommonSettings]:
 def render() -> str:
     parts = [HEAD]
     for title, module_name in SOURCES.items():
-        settings = own_settings(module_name)
+        settings = own(module_name)
         described = _docstrings(settings)
         parts.append(f"\n## {title}\n\n| variable | default | |\n|---|---|---|\n")
         for name, field in settings.model_fields.items():

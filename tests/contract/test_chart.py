@@ -28,7 +28,7 @@ from services.edge.settings import EdgeSettings
 from services.jobs.settings import Settings as JobsSettings
 from tests.contract import chart_env
 from tests.contract.chart_env import CHART, NEVER, SCHEMA
-from tests.contract.configuration_page import SOURCES, own_settings
+from tests.contract.configuration_page import SOURCES, own
 from tests.helm_tools import helm
 from tests.metric_labels import LABELS
 from tests.metrics_kit import TARGET_LABELS, all_series, uses
@@ -282,7 +282,7 @@ def test_the_chart_has_the_version_of_the_code() -> None:
 def test_variables_that_values_may_set_are_those_that_there_are() -> None:
     assert SCHEMA.read_text() == chart_env.render(), "run python -m tests.contract.chart_env"
     assert set(SERVICES) == chart_env.OWN.keys()
-    known = {name for module in SOURCES.values() for name in chart_env.variables(own_settings(module))}
+    known = {name for module in SOURCES.values() for name in chart_env.variables(own(module))}
     assert NEVER.keys() <= known
 
 
@@ -290,14 +290,14 @@ def test_each_pod_is_told_what_its_service_reads_and_nothing_else(everything: li
     free = chart_env.free()
     for component, pod in pods(everything).items():
         service = service_of(component)
-        known = chart_env.variables(own_settings(SOURCES[service]))
+        known = chart_env.variables(own(SOURCES[service]))
         told = set(environment(pod))
         assert {name for name in told if not name.startswith("OTEL_")} <= known, component
-        own = told - set(free[f"env_{service}"])
+        reserved = told - set(free[f"env_{service}"])
         expected = chart_env.set_by_the_chart(service)
         if component == "fallback-model":
             expected -= {"PORTCULLIS_MODEL_BULK_ONLY"}
-        assert {name for name in own if not name.startswith("OTEL_")} == expected, component
+        assert {name for name in reserved if not name.startswith("OTEL_")} == expected, component
 
 
 def secrets_of(settings: type[CommonSettings]) -> set[str]:
@@ -309,7 +309,7 @@ def secrets_of(settings: type[CommonSettings]) -> set[str]:
 def test_secrets_are_named_and_go_to_whoever_needs_them(everything: list[Manifest]) -> None:
     for component, pod in pods(everything, "Deployment", "Job").items():
         service = "auth" if component == "migrate" else service_of(component)
-        secret = secrets_of(own_settings(SOURCES[service]))
+        secret = secrets_of(own(SOURCES[service]))
         for name, variable in environment(pod).items():
             assert ("valueFrom" in variable) == (name in secret), name
             assert service in ONLY_FOR.get(name, SERVICES)
@@ -328,7 +328,7 @@ def test_each_pod_is_told_what_its_service_accepts(rendered: dict[str, list[Mani
                 monkeypatch.setenv(variable["name"], variable.get("value", secret))
             if name == BOTH_WAYS:
                 monkeypatch.setenv("PORTCULLIS_NATS_TLS_CA", certifi.where())  # where the volume is, in a pod
-            settings = own_settings(SOURCES[service_of(component)])()
+            settings = own(SOURCES[service_of(component)])()
             assert settings.metrics_host == "0.0.0.0"
             for variable in environment(pod).values():
                 monkeypatch.delenv(variable["name"])
@@ -504,14 +504,14 @@ def test_pods_may_do_nothing_that_they_need_not(manifests: list[Manifest]) -> No
         assert spec["enableServiceLinks"] is False
         assert spec["securityContext"]["runAsNonRoot"] is True
         assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
-        own = container(pod)
-        assert own["securityContext"] == {
+        running = container(pod)
+        assert running["securityContext"] == {
             "allowPrivilegeEscalation": False,
             "readOnlyRootFilesystem": True,
             "capabilities": {"drop": ["ALL"]},
         }
         for amount in ("requests", "limits"):
-            assert own["resources"][amount].keys() == {"cpu", "memory"}
+            assert running["resources"][amount].keys() == {"cpu", "memory"}
 
 
 def test_each_policy_is_of_one_component_and_lets_out_what_it_needs(everything: list[Manifest]) -> None:
