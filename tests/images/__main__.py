@@ -119,8 +119,11 @@ def look_into(engine: Engine, service: str, base: str) -> Seen:
         services = {path.name for path in (mounted / "app" / "services").iterdir() if path.is_dir()} - {"__pycache__"}
         expect(services == {service}, f"{service}: the code of {services} is in the image")
         expect((mounted / "app" / "sbom.cdx.json").stat().st_size > 1000, f"{service}: no bill of materials")
-        owned = [path for path in files if not path.is_symlink() and path.stat().st_uid == 10001]
-        expect(not owned, f"{service}: {owned[:3]} could be written")
+        kept = [path for path in files if not path.is_symlink() and path.is_relative_to(mounted / "app")]
+        changeable = [path for path in kept if path.stat().st_uid == 10001 or path.stat().st_mode & 0o022]
+        expect(not changeable, f"{service}: {changeable[:3]} could be changed")
+        hidden = [path for path in kept if not path.stat().st_mode & 0o004]
+        expect(not hidden, f"{service}: {hidden[:3]} cannot be read")
     finally:
         engine.podman("image", "unmount", image(service))
     return Seen(described["Size"], described["Size"] - engine.inspect_image(base)["Size"])
