@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import signal
 import ssl
@@ -117,6 +118,7 @@ async def _serve_on(bus: Bus, settings: S, parts: Parts[S], front: Front[S], sto
             if not await _entered(stop, inside, parts(bus, settings)):
                 return 0
             await bus.start()
+            _keep_what_is_there()
             log.info("ready")
             health.takes_work = lambda: bus.connected and not stop.is_set()
             lost = asyncio.ensure_future(bus.closed.wait())
@@ -166,6 +168,12 @@ async def _end_unless_done(task: asyncio.Task[None]) -> None:
     """As `tasks.end`, for a task whose failure somebody else tells of."""
     if not task.done():
         await tasks.end(task)
+
+
+def _keep_what_is_there() -> None:
+    """What the process is made of stays until its end: the garbage collector need not look at it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 async def _unless(stop: asyncio.Event, task: asyncio.Task[None]) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Final
 
@@ -22,6 +22,9 @@ MAX_AGE_SECONDS: Final = 7 * 86_400
 API_TIMEOUT_SECONDS: Final = 2.0
 IDLE_SECONDS: Final = 2.0
 """How long a read waits for the first event."""
+PAUSE_SECONDS: Final = 0.8
+"""After the first event, how long others are left in the stream: each that is delivered by itself wakes this process and the
+server, and each batch is a transaction. Nothing waits while there is more than a batch."""
 GATHER_SECONDS: Final = 0.2
 BATCH_EVENTS: Final = 1000
 CONSUMER_LIFE_SECONDS: Final = 30.0
@@ -102,9 +105,13 @@ class JetStreamUsage:
 class JetStreamReader:
     """`UsageReader`. The consumer numbers what it delivers; a number that is missing was lost on the way."""
 
-    def __init__(self, subscription: JetStreamContext.PullSubscription) -> None:
+    def __init__(
+        self, subscription: JetStreamContext.PullSubscription, pause: Callable[[float], Awaitable[None]] = asyncio.sleep
+    ) -> None:
         self._subscription = subscription
+        self._pause = pause
         self._delivered = 0
+        self._behind = False
 
     async def batch(self) -> list[tuple[int, bytes]]:
         with _translated():
@@ -112,7 +119,10 @@ class JetStreamReader:
             if not messages:
                 await self._check_that_nothing_is_missing()
                 return []
+            if not self._behind:
+                await self._pause(PAUSE_SECONDS)
             messages += await self._fetch(BATCH_EVENTS - 1, GATHER_SECONDS)
+            self._behind = len(messages) >= BATCH_EVENTS
             return self._without_a_gap(messages)
 
     async def _fetch(self, count: int, timeout_seconds: float) -> list[Msg]:

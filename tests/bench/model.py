@@ -33,7 +33,7 @@ DISTINCT_TEXTS = 300
 WARM_UP_SECONDS = 1.0
 SHARE_OF_PEAK = 0.6
 LIT_BATCH, LIT_WAIT_SECONDS = 16, 0.005
-"""The best of 1, 8, 16, 32 texts and 0, 5, 10, 50 ms at 32 callers on two processors."""
+"""LitServe's `max_batch_size` and `batch_timeout`."""
 ALONE, ALONE_EACH, LITSERVE, PORTCULLIS = "onnxruntime alone, batches", "onnxruntime alone, by text", "LitServe", "Portcullis"
 REQUIREMENTS = Path(__file__).with_name("litserve.txt")
 

@@ -94,8 +94,8 @@ def _judge(report: Report, alone: str, busy: str) -> None:
         return Spread.of(ratios(mine, its))
 
     for other in (ONE, TWO):
-        report.bars.append(Bar(f"throughput at {busy}, of {other}'s", against(RATE, busy, other), 4.0, at_least=True))
-        report.bars.append(Bar(f"median at {alone}, of {other}'s", against(P50, alone, other), 0.5, at_least=False))
+        report.bars.append(Bar(f"throughput at {busy}, of that of {other}", against(RATE, busy, other), 4.0, at_least=True))
+        report.bars.append(Bar(f"median at {alone}, of that of {other}", against(P50, alone, other), 0.5, at_least=False))
     report.bars.append(
         Bar(f"processor ms of all stages at {busy}", report.row(PORTCULLIS, busy).spread(CPU), 0.8, at_least=False)
     )

@@ -41,7 +41,7 @@ async def test_a_batch_survives_the_death_of_a_worker_and_a_proxy_and_is_counted
         async with asyncio.timeout(20):
             while await _total(session, key) < 1000:
                 await asyncio.sleep(0.2)
-        await asyncio.sleep(1.0)  # a second count would come now
+        await asyncio.sleep(2.0)  # a second count would come now
         assert await _total(session, key) == 1000
     await asyncio.to_thread(wait_for_detection, pairs, 30)
 

@@ -28,7 +28,7 @@ from services.auth.adapters import PostgresKeys, PostgresLedgers, engine_url, ma
 from services.auth.core import Usage
 from services.auth.migrate import migrate
 from services.auth.ports import StreamError
-from services.auth.stream import JetStreamUsage
+from services.auth.stream import GATHER_SECONDS, PAUSE_SECONDS, JetStreamUsage
 from services.auth.usage import UsageCounter
 from tests.conftest import OPERATOR, free_port
 from tests.integration.auth_kit import ADMIN_TOKEN, PEPPER, Breakable, Kit, connect, new_database, until
@@ -92,7 +92,7 @@ class Ledger:
             return (await self.counted())[0] >= self.published
 
         await until(all_there, f"{self.published} events to be counted", timeout_seconds=60)
-        await asyncio.sleep(0.5)
+        await asyncio.sleep(2 * (PAUSE_SECONDS + GATHER_SECONDS))
         assert await self.counted() == (self.published, self.malicious)
 
 

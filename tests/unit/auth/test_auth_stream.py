@@ -11,7 +11,7 @@ from nats.aio.msg import Msg
 from nats.js import JetStreamContext
 
 from services.auth.ports import StreamError
-from services.auth.stream import JetStreamReader
+from services.auth.stream import BATCH_EVENTS, PAUSE_SECONDS, JetStreamReader
 
 
 def message(stream_sequence: int, consumer_sequence: int) -> Msg:
@@ -20,10 +20,14 @@ def message(stream_sequence: int, consumer_sequence: int) -> Msg:
 
 
 class Subscription:
-    """Hands out what it is given, fetch by fetch."""
+    """Hands out what it is given, fetch by fetch. `pauses`: the seconds of each pause of its reader."""
 
     def __init__(self, *fetches: list[Msg]) -> None:
         self._fetches = list(fetches)
+        self.pauses: list[float] = []
+
+    async def pause(self, seconds: float) -> None:
+        self.pauses.append(seconds)
 
     async def fetch(self, _: int, timeout: float) -> list[Msg]:
         if not self._fetches:
@@ -32,7 +36,11 @@ class Subscription:
 
 
 def reader(*fetches: list[Msg]) -> JetStreamReader:
-    return JetStreamReader(cast(JetStreamContext.PullSubscription, cast(Any, Subscription(*fetches))))
+    return reader_of(Subscription(*fetches))
+
+
+def reader_of(subscription: Subscription) -> JetStreamReader:
+    return JetStreamReader(cast(JetStreamContext.PullSubscription, cast(Any, subscription)), subscription.pause)
 
 
 async def test_a_batch_is_read_in_order() -> None:
@@ -46,3 +54,22 @@ async def test_what_is_before_a_gap_is_counted_and_what_is_behind_it_is_read_aga
     assert await read.batch() == [(5, b"5"), (6, b"6")]
     with pytest.raises(StreamError):
         await read.batch()
+
+
+async def test_events_are_left_in_the_stream_for_a_while_so_that_they_come_together() -> None:
+    subscription = Subscription([message(1, 1)], [message(2, 2)], [message(3, 3)], [])
+    read = reader_of(subscription)
+    await read.batch()
+    await read.batch()
+    assert subscription.pauses == [PAUSE_SECONDS, PAUSE_SECONDS]
+
+
+async def test_a_count_that_is_behind_does_not_pause() -> None:
+    full = [message(number, number) for number in range(1, BATCH_EVENTS + 1)]
+    rest = [message(BATCH_EVENTS + 1, BATCH_EVENTS + 1)]
+    subscription = Subscription(full[:1], full[1:], rest, [])
+    read = reader_of(subscription)
+    assert len(await read.batch()) == BATCH_EVENTS
+    assert len(subscription.pauses) == 1
+    assert len(await read.batch()) == 1
+    assert len(subscription.pauses) == 1
