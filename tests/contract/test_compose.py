@@ -23,7 +23,7 @@ from infra.embedded import servers, stack
 from libs.common import VERSION, probes
 from libs.common.settings import SECRETS_VARIABLE, CommonSettings, load
 from libs.common.subjects import PERMISSIONS, SERVICES, micro_name
-from tests.contract.configuration_page import SOURCES, own_settings
+from tests.contract.configuration_page import SOURCES, own
 from tests.metrics_kit import TARGET_LABELS
 from tests.prometheus_tools import promtool
 
@@ -133,7 +133,7 @@ def test_the_health_check_asks_what_processes_answer() -> None:
 
 @pytest.mark.parametrize("name", RUN)
 def test_every_variable_and_secret_is_a_setting_of_that_service(name: str) -> None:
-    settings = own_settings(SOURCES[setting_of(name)])
+    settings = own(SOURCES[setting_of(name)])
     variables = {f"PORTCULLIS_{field.upper()}" for field in settings.model_fields}
     override = CLUSTER["services"].get(name, {}).get("environment", {})
     for variable in {*COMPOSE["services"][name]["environment"], *override} - {SECRETS_VARIABLE}:
@@ -156,7 +156,7 @@ def test_what_a_service_is_given_is_whole(name: str, folder: Path, tmp_path: Pat
         (tmp_path / target).write_text((folder / file_of(source)).read_text())
     assert environment(name)[SECRETS_VARIABLE] == "/run/secrets"
     monkeypatch.setenv(SECRETS_VARIABLE, str(tmp_path))
-    settings: CommonSettings = load(own_settings(SOURCES[setting_of(name)]))
+    settings: CommonSettings = load(own(SOURCES[setting_of(name)]))
     assert settings.nats_user == setting_of(name)
     assert settings.nats_password is not None
     assert settings.nats_password.get_secret_value() == (folder / f"nats-{setting_of(name)}").read_text().strip()
@@ -168,9 +168,7 @@ def _variables() -> Iterator[str]:
 
 @pytest.mark.parametrize("name", SERVICES)
 def test_every_secret_setting_is_given_as_a_file_or_passed_through(name: str) -> None:
-    wanted = {
-        f"PORTCULLIS_{field.upper()}" for field, info in own_settings(SOURCES[name]).model_fields.items() if is_secret(info)
-    }
+    wanted = {f"PORTCULLIS_{field.upper()}" for field, info in own(SOURCES[name]).model_fields.items() if is_secret(info)}
     service = COMPOSE["services"][name]
     passed = {variable for variable, value in service["environment"].items() if value is None}
     assert wanted <= {target.upper() for target in mounted(service)} | passed
