@@ -34,7 +34,9 @@ class CommonSettings(BaseSettings):
     nats_url: str = "nats://127.0.0.1:4222"
     """Of a cluster, several servers, with commas between them; the others are learnt from whichever is there first."""
     nats_user: str | None = None
+    """The user as which this service connects; each has its own, which may use the subjects of its service and no others."""
     nats_password: SecretStr | None = None
+    """That user's; goes with `nats_user`."""
     nats_tls_ca: str | None = None
     """Path of the CA certificate with which the server's is checked; set for tls:// URLs with a private CA."""
     stream_replicas: Annotated[int, Field(ge=1, le=5)] = 1
@@ -47,7 +49,9 @@ class CommonSettings(BaseSettings):
     """On SIGTERM, how long work in hand may still take. Longer than the longest deadline in use, and shorter than whoever stops
     the process waits before it kills it."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    """What is less than this is not logged."""
     log_format: Literal["auto", "json", "text"] = "auto"
+    """`auto`: lines to read on a terminal, JSON anywhere else."""
     trace_per_second: Annotated[int, Field(ge=0)] = 10
     """So many traces a second are sent to the collector from their beginning, by each process in which traces begin; beside every
     failure and every slow request. Nothing is recorded unless `OTEL_EXPORTER_OTLP_ENDPOINT` names a collector."""

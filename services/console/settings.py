@@ -15,6 +15,7 @@ class ConsoleSettings(CommonSettings):
     """`PORTCULLIS_*`."""
 
     console_host: str = "127.0.0.1"
+    """The address that it listens on. One that others can reach needs `admin_token`."""
     console_port: Annotated[int, Field(ge=1, le=65535)] = 4318
     """Where the pages are served to the edge, and where services send their traces (OTLP over HTTP, whose usual port this is)."""
     admin_token: Annotated[SecretStr, Field(min_length=16)] | None = None

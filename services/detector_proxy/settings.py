@@ -34,6 +34,7 @@ class DetectorProxySettings(CommonSettings):
     engine_token: SecretStr | None = None
     """Sent to an HTTP engine as `Authorization: Bearer`."""
     engine_timeout_seconds: Seconds = 2.0
+    """How long the primary engine may take for a text; then it has failed, and the fallback is asked."""
     engine_threshold: Rate = 0.5
     """For callers that name none and engines that were shipped with none."""
     engine_max_concurrency: Annotated[int, Field(ge=1, le=10_000)] = 64
@@ -44,14 +45,22 @@ class DetectorProxySettings(CommonSettings):
     """`tei`: the labels, comma-separated and in any case, that mean "not malicious"; all others mean that it is."""
 
     fallback_pool: Annotated[str, Field(pattern=f"^{_POOL_NAME}$")] = DEFAULT_POOL
+    """The pool of workers that answers when the primary engine does not, or is the engine where there is no other."""
     fallback_max_concurrency: Annotated[int, Field(ge=1, le=10_000)] = 512
+    """Texts that are with the fallback pool at a time, from each replica of the proxy."""
 
     breaker_failures: Annotated[int, Field(ge=1, le=10)] = 5
+    """Failures in a row that open the breaker of an engine."""
     breaker_rate: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = 0.5
+    """The part of the calls of late whose failure opens it, too."""
     breaker_minimum_calls: Annotated[int, Field(ge=1, le=10_000)] = 10
+    """So many calls there must have been of late for that."""
     breaker_window_seconds: Seconds = 10.0
+    """How long ago "of late" is at most."""
     breaker_open_seconds: Seconds = 1.0
+    """How long it stays open, until a single call may try the engine; doubled each time that this fails."""
     breaker_open_max_seconds: Seconds = 4.0
+    """No longer than this."""
 
     @property
     def breaker_policy(self) -> BreakerPolicy:

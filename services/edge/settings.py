@@ -18,7 +18,9 @@ class EdgeSettings(CommonSettings):
     """`PORTCULLIS_*`; lists are separated by commas."""
 
     edge_host: str = "127.0.0.1"
+    """The address that it listens on; `0.0.0.0`: every one of this machine."""
     edge_port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    """The port that it listens on; 0: a free one."""
     edge_socket_fd: Annotated[int, Field(ge=0)] | None = None
     """A listening socket that this process has inherited; all replicas may share one. Host and port are not used then."""
 
@@ -32,7 +34,9 @@ class EdgeSettings(CommonSettings):
     request_timeout_seconds: Annotated[float, Field(gt=0, le=300)] = 10.0
     """The deadline of a call; `X-Request-Timeout` may lower it."""
     header_timeout_seconds: Annotated[float, Field(gt=0)] = 10.0
+    """How long the head of a request may take to arrive."""
     body_timeout_seconds: Annotated[float, Field(gt=0)] = 10.0
+    """How long the body of a request may take to arrive."""
     read_timeout_seconds: Annotated[float, Field(gt=0)] = 60.0
     """How long a connection is kept whose caller takes nothing of what waits for it."""
     keep_alive_seconds: Annotated[int, Field(ge=1)] = 75
@@ -41,6 +45,7 @@ class EdgeSettings(CommonSettings):
     """On SIGTERM, how long idle connections stay open for one more request, which is answered with `Connection: close`."""
 
     max_header_bytes: Annotated[int, Field(ge=1024)] = 16 * 1024
+    """Bytes of the head of a request: its first line and all headers."""
     max_body_bytes: Annotated[int, Field(ge=1024)] = 1_310_720
     """The largest legal text is 100 000 characters as surrogate pairs, `\\uXXXX\\uXXXX`: 1 200 000 bytes; and some around it."""
     edge_max_in_flight: Annotated[int, Field(ge=1)] = 512
@@ -64,6 +69,7 @@ class EdgeSettings(CommonSettings):
     edge_max_batch_buffered_bytes: Annotated[int, Field(ge=1024)] = 64 * 1024**2
     """Bytes of all JSON lists of texts held at a time."""
     edge_max_connections: Annotated[int, Field(ge=1)] = 10_000
+    """Connections open at a time; further ones are told `overloaded` at once."""
     console_url: str | None = None
     """Where the console is, http://host:port; what is asked below /console is asked there. Unset: nothing is at /console."""
 

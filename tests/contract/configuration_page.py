@@ -6,6 +6,7 @@ import ast
 import importlib
 import inspect
 import textwrap
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -53,17 +54,15 @@ environment goes before.
 
 
 def _docstrings(settings: type[CommonSettings]) -> dict[str, str]:
-    """The string below each field. One below several fields belongs to all of them."""
+    """The string below each field, which every one must have."""
     tree = ast.parse(textwrap.dedent(inspect.getsource(settings)))
     found: dict[str, str] = {}
-    waiting: list[str] = []
-    for node in tree.body[0].body:  # type: ignore[attr-defined]  # a class statement
+    statements: list[ast.stmt] = tree.body[0].body  # type: ignore[attr-defined]  # a class statement
+    for node, below in pairwise([*statements, ast.Pass()]):
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            waiting.append(node.target.id)
-        elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
-            text = " ".join(str(node.value.value).split())
-            found |= dict.fromkeys(waiting, text)
-            waiting = []
+            if not (isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)):
+                raise TypeError(f"{settings.__name__}.{node.target.id} has no docstring below it")
+            found[node.target.id] = " ".join(str(below.value.value).split())
     return found
 
 
