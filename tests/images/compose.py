@@ -59,8 +59,11 @@ def stand_ins(engine: Engine, base: str, images: dict[str, str]) -> None:
     start = engine.home / "postgres-start"
     start.write_text(POSTGRES_START)
     start.chmod(0o755)
-    postgres = {servers.postgres_binaries().parent: "/opt/postgres", start: "/start"}
-    _image(engine, base, images["postgres"], postgres, ["/start"], setup="ln -s /opt/postgres/bin/* /usr/bin/")
+    # As the wheel lays it out: its programs look for their libraries beside its folder.
+    wheel = servers.postgres_binaries().parents[1]
+    postgres = {path: f"/opt/{path.name}" for path in wheel.parent.glob(f"{wheel.name}.libs")}
+    postgres |= {servers.postgres_binaries().parent: f"/opt/{wheel.name}/postgres", start: "/start"}
+    _image(engine, base, images["postgres"], postgres, ["/start"], setup=f"ln -s /opt/{wheel.name}/postgres/bin/* /usr/bin/")
     setup = "mkdir /prometheus && chown nobody /prometheus"
     watcher = {Path(prometheus()): "/bin/prometheus"}
     _image(engine, base, images["prometheus"], watcher, ["/bin/prometheus"], setup=setup, user="nobody")
@@ -81,7 +84,7 @@ def _image(
 
 def try_compose(engine: Engine, base: str) -> None:
     """Start, look, use, scale, stop; everything is gone at the end."""
-    check_machine("podman", "busybox", "netavark", "catatonit", "iptables")
+    check_machine("podman", "busybox", "catatonit", "iptables")
     described: dict[str, Any] = yaml.safe_load((ROOT / "infra" / "compose.yaml").read_text())
     stand_ins(engine, base, {name: described["services"][name]["image"] for name in ("nats", "redis", "postgres", "prometheus")})
     file = engine.home / "compose.yaml"
@@ -105,17 +108,23 @@ def try_compose(engine: Engine, base: str) -> None:
         if done.returncode:
             raise TrialError(f"podman-compose {arguments[0]}: {' / '.join(done.stderr.strip().splitlines()[-4:])}")
 
+    engine.status("rm", "--force", *_containers(engine))
     try:
         compose("up", "--detach", "--no-build", "--scale", f"{SCALED}={REPLICAS}", "edge", "prometheus")
-        names = engine.podman("ps", "--all", "--format", "{{.Names}}", "--filter", f"name={PROJECT}").split()
+        names = _containers(engine)
         say(f"compose has started {len(names)} containers")
         engine.wait_healthy(names)
         say("healthy, by the checks of compose.yaml: " + ", ".join(sorted(names)))
         use(f"http://{ADDRESS}:8000", (folder / "admin-token").read_text().strip())
         _expect_found(prometheus_port)
     finally:
+        engine.status("rm", "--force", *_containers(engine))  # `down` forgets those that --scale has added
         compose("down", "--volumes", "--timeout", "40")
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _containers(engine: Engine) -> list[str]:
+    return engine.podman("ps", "--all", "--format", "{{.Names}}", "--filter", f"name={PROJECT}").split()
 
 
 def _for_this_podman(described: dict[str, Any]) -> dict[str, Any]:
