@@ -104,7 +104,7 @@ def look_into(engine: Engine, service: str, base: str) -> Seen:
     described = engine.inspect_image(image(service))
     configuration = described["Config"]
     expect(configuration["User"] == "10001:10001", f"{service}: runs as {configuration['User']!r}")
-    test = described.get("HealthCheck", configuration.get("Healthcheck", {})).get("Test")
+    test = described.get("Healthcheck", {}).get("Test")
     expect(test == ["CMD", "python", "/app/health.py"], f"{service}: health check {test}")
     labels = configuration["Labels"]
     for label in ("title", "version", "licenses", "revision"):

@@ -8,6 +8,7 @@ newer and have systemd; `start_interval` and `extra_hosts`, which Debian 12's po
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import subprocess
@@ -15,6 +16,8 @@ import sys
 import sysconfig
 import time
 import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +62,11 @@ def stand_ins(engine: Engine, base: str, images: dict[str, str]) -> None:
     start = engine.home / "postgres-start"
     start.write_text(POSTGRES_START)
     start.chmod(0o755)
-    postgres = {servers.postgres_binaries().parent: "/opt/postgres", start: "/start"}
-    _image(engine, base, images["postgres"], postgres, ["/start"], setup="ln -s /opt/postgres/bin/* /usr/bin/")
+    # As the wheel lays it out: its programs look for their libraries beside its folder.
+    wheel = servers.postgres_binaries().parents[1]
+    postgres = {path: f"/opt/{path.name}" for path in wheel.parent.glob(f"{wheel.name}.libs")}
+    postgres |= {servers.postgres_binaries().parent: f"/opt/{wheel.name}/postgres", start: "/start"}
+    _image(engine, base, images["postgres"], postgres, ["/start"], setup=f"ln -s /opt/{wheel.name}/postgres/bin/* /usr/bin/")
     setup = "mkdir /prometheus && chown nobody /prometheus"
     watcher = {Path(prometheus()): "/bin/prometheus"}
     _image(engine, base, images["prometheus"], watcher, ["/bin/prometheus"], setup=setup, user="nobody")
@@ -79,16 +85,55 @@ def _image(
     engine.buildah("commit", "--quiet", "--format", "docker", "--rm", container, name)
 
 
+@dataclass(frozen=True)
+class Project:
+    """One or more compose files as one project, and the environment in which they are read."""
+
+    engine: Engine
+    files: tuple[Path, ...]
+    environment: dict[str, str]
+
+    def compose(self, *arguments: str) -> None:
+        files = [part for path in self.files for part in ("-f", str(path))]
+        command = ["uv", "tool", "run", "--quiet", "podman-compose==1.6.0", "--in-pod=false", "-p", PROJECT, *files, *arguments]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=self.environment)
+        if done.returncode:
+            raise TrialError(f"podman-compose {arguments[0]}: {' / '.join(done.stderr.strip().splitlines()[-4:])}")
+
+    @contextlib.contextmanager
+    def up(self, *arguments: str) -> Iterator[None]:
+        """Everything healthy, and gone at the end of the block."""
+        self._remove()
+        try:
+            self.compose("up", "--detach", "--no-build", *arguments)
+            names = _containers(self.engine)
+            self.engine.wait_healthy(names)
+            files = " and ".join(path.name for path in self.files)
+            say(f"{len(names)} containers are healthy, by the checks of {files}: {', '.join(sorted(names))}")
+            yield
+        finally:
+            self._remove()
+            self.compose("down", "--volumes", "--timeout", "0")
+        expect(not _containers(self.engine), "containers are left behind")
+
+    def _remove(self) -> None:
+        # `down` forgets the replicas that --scale has added.
+        self.engine.status("rm", "--force", "--depend", "--time", "0", *_containers(self.engine))
+
+
 def try_compose(engine: Engine, base: str) -> None:
-    """Start, look, use, scale, stop; everything is gone at the end."""
-    check_machine("podman", "busybox", "netavark", "catatonit", "iptables")
-    described: dict[str, Any] = yaml.safe_load((ROOT / "infra" / "compose.yaml").read_text())
-    stand_ins(engine, base, {name: described["services"][name]["image"] for name in ("nats", "redis", "postgres", "prometheus")})
-    file = engine.home / "compose.yaml"
-    file.write_text(yaml.safe_dump(_for_this_podman(described)))
+    """Start, look, use: with one NATS server, a scaled stage and Prometheus; then with three NATS servers."""
+    check_machine("podman", "busybox", "catatonit", "iptables")
+    files = {name: yaml.safe_load((ROOT / "infra" / name).read_text()) for name in ("compose.yaml", "compose.cluster.yaml")}
+    described = files["compose.yaml"]["services"]
+    stand_ins(engine, base, {name: described[name]["image"] for name in ("nats", "redis", "postgres", "prometheus")})
+    for name, file in files.items():
+        (engine.home / name).write_text(yaml.safe_dump(_for_this_podman(file)))
+    one, cluster = (engine.home / name for name in files)
     folder = engine.home / "compose-secrets"
     shutil.rmtree(folder, ignore_errors=True)
     secrets.write(folder)
+    token = (folder / "admin-token").read_text().strip()
     prometheus_port = free_port()
     environment = {
         **engine.environment,
@@ -98,24 +143,28 @@ def try_compose(engine: Engine, base: str) -> None:
         "PORTCULLIS_ALLOWED_HOSTS": ADDRESS,
         "PORTCULLIS_PROMETHEUS_PORT": str(prometheus_port),
     }
-
-    def compose(*arguments: str) -> None:
-        command = ["uv", "tool", "run", "--quiet", "podman-compose==1.6.0", "--in-pod=false", "-p", PROJECT, "-f", str(file)]
-        done = subprocess.run([*command, *arguments], cwd=ROOT, capture_output=True, text=True, env=environment)
-        if done.returncode:
-            raise TrialError(f"podman-compose {arguments[0]}: {' / '.join(done.stderr.strip().splitlines()[-4:])}")
-
-    try:
-        compose("up", "--detach", "--no-build", "--scale", f"{SCALED}={REPLICAS}", "edge", "prometheus")
-        names = engine.podman("ps", "--all", "--format", "{{.Names}}", "--filter", f"name={PROJECT}").split()
-        say(f"compose has started {len(names)} containers")
-        engine.wait_healthy(names)
-        say("healthy, by the checks of compose.yaml: " + ", ".join(sorted(names)))
-        use(f"http://{ADDRESS}:8000", (folder / "admin-token").read_text().strip())
+    with Project(engine, (one,), environment).up("--scale", f"{SCALED}={REPLICAS}", "edge", "prometheus"):
+        use(f"http://{ADDRESS}:8000", token)
         _expect_found(prometheus_port)
-    finally:
-        compose("down", "--volumes", "--timeout", "40")
-        shutil.rmtree(folder, ignore_errors=True)
+    with Project(engine, (one, cluster), environment).up("edge"):
+        use(f"http://{ADDRESS}:8000", token)
+        _expect_replicated(engine)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _expect_replicated(engine: Engine) -> None:
+    """Every stream is on every server of the cluster."""
+    for name in secrets.CLUSTER:
+        asked = f"http://127.0.0.1:{secrets.NATS_MONITOR_PORT}/jsz?accounts=true&streams=true&config=true"
+        told = json.loads(engine.podman("exec", f"{PROJECT}_{name}_1", "wget", "-q", "-O", "-", asked))
+        streams = [stream for account in told["account_details"] for stream in account.get("stream_detail", ())]
+        found = {stream["name"]: stream["config"]["num_replicas"] for stream in streams}
+        expect(found and set(found.values()) == {len(secrets.CLUSTER)}, f"{name} has streams with these replicas: {found}")
+    say(f"each of {', '.join(secrets.CLUSTER)} has every stream: {', '.join(sorted(found))}")
+
+
+def _containers(engine: Engine) -> list[str]:
+    return engine.podman("ps", "--all", "--format", "{{.Names}}", "--filter", f"name={PROJECT}").split()
 
 
 def _for_this_podman(described: dict[str, Any]) -> dict[str, Any]:
