@@ -12,6 +12,7 @@ from __future__ import annotations
 import random
 import resource
 import statistics
+import sys
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from datetime import UTC, datetime
@@ -61,6 +62,7 @@ def replicas(options: Options) -> Report:
             with portcullis(settings) as base:
                 for stage in stages:
                     for count in REPLICAS:
+                        print(f"bench replicas: {count} × {stage}", file=sys.stderr)  # it takes minutes
                         with portcullis(settings, {stage: count}) as more:
                             uvloop.run(_against(report, options, f"{count} × {stage}", base, more))
     return report
