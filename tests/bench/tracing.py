@@ -28,6 +28,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from tests.bench.figures import ratios
 from tests.bench.load import BenchError, issued_key, texts
 from tests.bench.systems import Stack, engine, portcullis
 
@@ -140,10 +141,6 @@ async def compare(settings: dict[str, str], collector: str, callers: int, rounds
             for side in (with_both, without) if number % 2 else (without, with_both):
                 await load(side, callers, seconds)
         return with_both, without
-
-
-def ratios(over: list[float], under: list[float]) -> list[float]:
-    return [a / b for a, b in zip(over, under, strict=True)]
 
 
 def main(arguments: list[str]) -> int:
