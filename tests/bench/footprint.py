@@ -9,27 +9,22 @@ import asyncio
 import json
 import secrets
 import sys
-import tempfile
 import time
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import aiohttp
 import nats
-import psutil
 import redis
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from infra.embedded.control import Supervisor
-from infra.embedded.home import Home
 from infra.embedded.stack import OPERATOR
 from libs.common.subjects import CONNECTIONS, service_of
 from tests.bench.load import BenchError, issued_key, texts
-from tests.chaos.kit import Stack, callers
+from tests.bench.systems import Stack, portcullis
 
 WARM_UP_SECONDS = 3.0
 SETTLING_SECONDS = 2.0
@@ -48,10 +43,6 @@ class Seen:
 
 
 async def look(stack: Stack) -> Seen:
-    cpu: dict[str, float] = {}
-    for state in Supervisor(Home(stack.home)).processes():
-        name = state.name.rpartition("_")[0]
-        cpu[name] = cpu.get(name, 0.0) + _seconds_of(state.pid)
     sent, received, moved = Counter[str](), Counter[str](), Counter[str]()
     for each in await _connections(stack):
         known = service_of(each.get("name", ""))
@@ -59,18 +50,12 @@ async def look(stack: Stack) -> Seen:
             sent[known[0]] += each["in_msgs"]
             received[known[0]] += each["out_msgs"]
             moved[known[0]] += each["in_bytes"] + each["out_bytes"]
-    return Seen(cpu, sent, received, moved, _commands(stack))
-
-
-def _seconds_of(pid: int) -> float:
-    process = psutil.Process(pid)
-    used = [each.cpu_times() for each in (process, *process.children(recursive=True))]
-    return sum(times.user + times.system for times in used)
+    return Seen(stack.cpu(), sent, received, moved, _commands(stack))
 
 
 async def _connections(stack: Stack) -> list[dict[str, Any]]:
-    url = stack.environment_of("edge")["PORTCULLIS_NATS_URL"]
-    password = (stack.home / "secrets" / f"nats-{OPERATOR}").read_text().strip()
+    url = stack.setting("edge", "PORTCULLIS_NATS_URL")
+    password = (stack.home.path / "secrets" / f"nats-{OPERATOR}").read_text().strip()
     connection = await nats.connect(url, user=OPERATOR, password=password)
     try:
         answer = await connection.request(CONNECTIONS, b"{}", timeout=5)
@@ -81,7 +66,7 @@ async def _connections(stack: Stack) -> list[dict[str, Any]]:
 
 
 def _commands(stack: Stack) -> Counter[str]:
-    client = redis.Redis.from_url(stack.environment_of("limiter")["PORTCULLIS_REDIS_URL"])
+    client = redis.Redis.from_url(stack.setting("limiter", "PORTCULLIS_REDIS_URL"))
     stats: Any = client.info("commandstats")
     client.close()
     return Counter({name.removeprefix("cmdstat_"): int(one["calls"]) for name, one in stats.items()})
@@ -108,8 +93,7 @@ async def load(session: aiohttp.ClientSession, key: str, count: int, seconds: fl
 
 
 async def measure(stack: Stack, count: int, seconds: float, table: Table) -> str:
-    token = (stack.home / "secrets" / "admin-token").read_text().strip()
-    async with callers(stack) as session, issued_key(session, token) as key:
+    async with aiohttp.ClientSession(stack.url) as session, issued_key(session, stack.token) as key:
         await load(session, key, count, WARM_UP_SECONDS)
         await asyncio.sleep(SETTLING_SECONDS)
         before = await look(stack)
@@ -140,16 +124,12 @@ def main(arguments: list[str]) -> int:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title="for each detection")
     for title in ("", "processor ms", "messages sent", "received", "kB"):
         table.add_column(title, justify="right")
-    with tempfile.TemporaryDirectory(prefix="pc-bench-") as folder:
-        stack = Stack(Path(folder) / "home")
-        try:
-            stack.up()
+    try:
+        with portcullis({}) as stack:
             told = asyncio.run(measure(stack, chosen.callers, chosen.seconds, table))
-        except (aiohttp.ClientError, BenchError, AssertionError) as error:
-            print(f"bench footprint: {error}", file=sys.stderr)
-            return 1
-        finally:
-            stack.run("down", check=False)
+    except (aiohttp.ClientError, BenchError) as error:
+        print(f"bench footprint: {error}", file=sys.stderr)
+        return 1
     Console(highlight=False, width=None if sys.stdout.isatty() else 130).print(table)
     print(told)
     return 0

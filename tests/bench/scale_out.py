@@ -14,7 +14,6 @@ import json
 import os
 import secrets
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterable
@@ -30,7 +29,7 @@ from rich.table import Table
 
 from libs.common.subjects import DEFAULT_POOL, model_pool
 from tests.bench.load import BenchError, issued_key
-from tests.chaos.kit import Stack, callers
+from tests.bench.systems import Stack, portcullis
 
 TEXT = "The invoice was paid in March, but the reminder went out anyway."
 WARM_UP_SECONDS = 5.0
@@ -58,8 +57,8 @@ class Level:
 class Counts:
     """What each worker has answered, by its metrics."""
 
-    def __init__(self, home: Path) -> None:
-        targets = json.loads((home / "prometheus" / "targets.json").read_text())
+    def __init__(self, stack: Stack) -> None:
+        targets = json.loads(stack.home.metrics_targets.read_text())
         self._addresses = sorted(each["targets"][0] for each in targets if each["labels"]["service"] == "fallback_model")
 
     async def read(self, session: aiohttp.ClientSession) -> list[int]:
@@ -101,9 +100,12 @@ async def load(session: aiohttp.ClientSession, key: str, count: int, seconds: fl
 
 
 async def measure(stack: Stack, workers: int, each: int, seconds: float) -> Level:
-    token = (stack.home / "secrets" / "admin-token").read_text().strip()
-    counts = Counts(stack.home)
-    async with callers(stack) as session, aiohttp.ClientSession() as metrics, issued_key(session, token) as key:
+    counts = Counts(stack)
+    async with (
+        aiohttp.ClientSession(stack.url, connector=aiohttp.TCPConnector(limit=0)) as session,
+        aiohttp.ClientSession() as metrics,
+        issued_key(session, stack.token) as key,
+    ):
         await load(session, key, workers * each, WARM_UP_SECONDS)
         before = await counts.read(metrics)
         began = time.perf_counter()
@@ -125,13 +127,8 @@ def levels(workers: Iterable[int], each: int, seconds: float) -> Iterable[Level]
         "PORTCULLIS_MODEL_BATCH_TOKENS": "128",  # one that sleeps for each row gains nothing by large ones
     }
     for count in workers:
-        with tempfile.TemporaryDirectory(prefix="pc-bench-") as folder:
-            stack = Stack(Path(folder) / "home", scale={"fallback_model": count}, environment=environment)
-            try:
-                stack.up()
-                yield asyncio.run(measure(stack, count, each, seconds))
-            finally:
-                stack.run("down", check=False)
+        with portcullis(environment, {"fallback_model": count}) as stack:
+            yield asyncio.run(measure(stack, count, each, seconds))
 
 
 def shortfalls(found: list[Level]) -> list[str]:
@@ -174,7 +171,7 @@ def main(arguments: list[str]) -> int:
                 str(level.refused),
                 str(level.degraded),
             )
-    except (aiohttp.ClientError, BenchError, AssertionError) as error:
+    except (aiohttp.ClientError, BenchError) as error:
         print(f"bench scale-out: {error}", file=sys.stderr)
         return 1
     Console(highlight=False, width=None if sys.stdout.isatty() else 130).print(table)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 import threading
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
@@ -10,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from infra.embedded.home import ROOT
 from tests.bench import overhead, scale
 from tests.bench.report import CPU, RATE
 from tests.bench.stub import Stub
@@ -112,3 +115,9 @@ def test_overhead_has_each_system_in_each_setting_and_its_bars(started: list[Any
     assert sum(row.setting.startswith("open, ") for row in report.rows) == 7
     assert all(len(row.values[RATE]) == 2 for row in report.rows)
     assert len(report.bars) == 7
+
+
+def test_the_benchmark_does_without_what_only_tests_need() -> None:
+    # `./run bench` installs no pytest; importing any part must not ask for it.
+    command = "import sys; sys.modules['pytest'] = None; import tests.bench.__main__"
+    subprocess.run([sys.executable, "-c", command], check=True, cwd=ROOT)
