@@ -80,6 +80,7 @@ class Health:
 
 
 TASKS = "portcullis_event_loop_tasks"
+POOL_LIMIT = "portcullis_pool_connections_limit"
 
 
 def held(stack: Stack) -> Mapping[tuple[str, str], int]:
@@ -95,9 +96,14 @@ def held(stack: Stack) -> Mapping[tuple[str, str], int]:
     return found | {(name, "tasks"): int(value) for (name, family), value in gauges(stack).items() if family == TASKS}
 
 
-def most_held(samples: Sequence[Mapping[tuple[str, str], int]]) -> Mapping[tuple[str, str], int]:
-    """The most of each."""
-    return {key: max(sample[key] for sample in samples) for key in samples[0]}
+def most_held(samples: Sequence[Mapping[tuple[str, str], int]], stack: Stack) -> Mapping[tuple[str, str], int]:
+    """The most of each, and what pools of connections may still grow by, to a Redis and a PostgreSQL of bounded size."""
+    limits = {name: int(value) for (name, family), value in gauges(stack).items() if family == POOL_LIMIT}
+    room = {"auth": limits["auth"], "limiter": limits["limiter"], "redis": limits["limiter"]}
+    return {
+        (name, what): max(sample[name, what] for sample in samples) + (room.get(name, 0) if what != "tasks" else 0)
+        for name, what in samples[0]
+    }
 
 
 async def until_let_go(stack: Stack, before: Mapping[tuple[str, str], int], seconds: float) -> None:
