@@ -201,7 +201,7 @@ async def test_a_server_that_was_away_is_not_asked_what_decides(cluster: Cluster
 
 
 def process_of(server: Server) -> psutil.Process:
-    return next(each for each in psutil.process_iter() if each.cmdline() == list(server.command))
+    return next(each for each in psutil.process_iter(["cmdline"]) if each.info["cmdline"] == list(server.command))
 
 
 async def test_a_service_finds_a_server_that_is_there_and_goes_on_when_it_goes(
