@@ -49,9 +49,9 @@ PostgreSQL away for longer than keys are believed; NATS restarted), and lets 10 
 do. They are scenarios of `tests/chaos/matrix.py`: `./run chaos -k nats-partition`. `./run soak` uses a stack for half an
 hour, in which no process may grow by 1 MB a minute.
 
-The soak was played once, on two processors that others used as well: no service grew by more than 0.08 MB a minute, nor did Redis
-or PostgreSQL. NATS did, from 37 to 57 MB in its second half, in two steps: 1.07 MB a minute, **not met**. Whether that is what its
-runtime leaves lying about or what it keeps has not been looked at.
+The soak was played once, on two processors that others used as well: no service grew by more than 0.08 MB a minute, and neither
+did Redis or PostgreSQL. NATS did, from 37 to 57 MB in its second half, in two steps: 1.07 MB a minute, **not met**. Whether that
+is what its runtime leaves lying about or what it keeps has not been looked at.
 
 What callers send that they should not has a list of its own, with what comes back of it: `tests/bad_inputs.py`, of which
 every row is played against a running stack in every test run.
