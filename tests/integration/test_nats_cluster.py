@@ -32,6 +32,8 @@ from tests.integration.jobs_kit import VERDICT
 KEY_ID = "aaaabbbbcccc"
 STREAMS = (*(f"JOB_{kind}" for kind in ("ITEMS", "RESULTS", "DEAD", "HOOKS")), f"KV_{JOB_BUCKET}")
 TURNS = 150
+SILENT_SECONDS = 9.0
+"""Three pings of a route, and some."""
 
 
 @dataclass
@@ -184,6 +186,7 @@ async def test_a_server_that_was_away_is_not_asked_what_decides(cluster: Cluster
         process = process_of(cluster.servers[away])
         process.suspend()
         try:
+            await silent(stream, f"n{away}")
             made = [JobRecord(key_id=KEY_ID, job_id=f"{n:027x}f", state="open", created_ms=1, updated_ms=1) for n in range(2000)]
             for first in range(0, len(made), 100):
                 await asyncio.gather(*map(records.create, made[first : first + 100]))
@@ -198,6 +201,17 @@ async def test_a_server_that_was_away_is_not_asked_what_decides(cluster: Cluster
                 except PortcullisError:  # nobody leads just now, which says nothing wrong
                     await asyncio.sleep(0.05)
         assert missed == 0
+
+
+async def silent(stream: JetStream, name: str) -> None:
+    """Until a server has been silent for so long that the others have given it up."""
+    async with asyncio.timeout(60):
+        while True:
+            placed = (await stream.api.stream_info(f"KV_{JOB_BUCKET}")).cluster
+            peers = (placed.replicas or []) if placed is not None else []
+            if any(peer.name == name and (peer.active or 0) > SILENT_SECONDS * 1e9 for peer in peers):
+                return
+            await asyncio.sleep(0.2)
 
 
 def process_of(server: Server) -> psutil.Process:
