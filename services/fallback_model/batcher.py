@@ -58,7 +58,7 @@ class Limits:
     overtaken_seconds: after this long a window that is not urgent counts as urgent.
     """
 
-    batch_tokens: int = 1024
+    batch_tokens: int = 256
     queue_tokens: int = 65_536
     wait_seconds: float = 0.001
     overtaken_seconds: float = 0.5

@@ -28,7 +28,7 @@ class FallbackModelSettings(CommonSettings):
     """Sessions that score batches side by side; 0: by the processors that this container may use."""
     model_threads: Annotated[int, Field(ge=0, le=64)] = 0
     """Threads of each session; 0: what is left of the processors."""
-    model_batch_tokens: Annotated[int, Field(ge=128)] = 1024
+    model_batch_tokens: Annotated[int, Field(ge=128)] = 256
     """Tokens of one batch, padding included."""
     model_queue_tokens: Annotated[int, Field(ge=1024)] = 65_536
     """Tokens that may wait; from then on the worker answers that it is busy."""
