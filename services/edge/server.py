@@ -55,6 +55,7 @@ class Protocol(HttpToolsProtocol):
         if len(self.connections) > self.settings.edge_max_connections:
             shed(Shed.CONNECTIONS)
             self._refuse(PortcullisError(ErrorCode.OVERLOADED))
+            self.transport.close()  # at once: there is no room to wait in
             return
         # uvicorn starts this timer after the first answer only: a connection on which nothing comes would stay for ever.
         self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
@@ -185,7 +186,22 @@ class Protocol(HttpToolsProtocol):
                 + b"connection: close\r\n\r\n"
                 + body
             )
-        self.transport.close()
+        if self._receiving_body:
+            self.transport.close()  # whoever handles the request is to know at once
+        else:
+            self._close_for_senders()
+
+    def _close_for_senders(self) -> None:
+        """Close towards the caller, who may still be sending, and read no more; cut the connection a while later.
+
+        To cut it at once would fail what the caller is writing, and few read an answer after that (RFC 9112, 9.6). To read on
+        would be work for as much as somebody likes to send.
+        """
+        self._deaf = True
+        self.transport.write_eof()
+        self.flow.pause_reading()
+        self._cancel_linger_timer()
+        self._linger_timer = self.loop.call_later(LINGER_SECONDS, self.transport.close)
 
     def _cancel_header_timer(self) -> None:
         if self._header_timer is not None:

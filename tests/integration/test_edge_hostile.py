@@ -91,6 +91,20 @@ async def test_what_is_around_the_chunks_is_bounded(fleet: Fleet, name: str) -> 
         assert (await edge.detect()).status_code == 200
 
 
+async def test_who_is_still_sending_reads_why_it_is_refused(fleet: Fleet) -> None:
+    async with fleet.auth(), fleet.edge() as edge:
+        for _ in range(20):
+            reader, writer = await asyncio.open_connection("127.0.0.1", edge.port)
+            writer.write(GET + b"X: ")
+            for _ in range(16):
+                writer.write(b"a" * 65_536)
+                await asyncio.sleep(0)
+            answer = await asyncio.wait_for(reader.read(), 20)  # to the end, which comes although we have not stopped
+            assert answer.startswith(b"HTTP/1.1 431 ")
+            writer.transport.abort()
+        assert (await edge.detect()).status_code == 200
+
+
 async def test_a_long_conversation_is_no_flood(fleet: Fleet) -> None:
     async with fleet.auth(), fleet.edge() as edge:
         reader, writer = await asyncio.open_connection("127.0.0.1", edge.port)
