@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 
 from infra.embedded.servers import MAX_PAYLOAD_BYTES
 from libs.common import subjects
-from libs.common.bus import MAX_DOOR_BYTES
 from libs.common.context import DEADLINE_HEADER, TIME_LEFT_HEADER, TIMINGS_HEADER
 from libs.common.contracts import MAX_TEXT_CHARACTERS
 from libs.common.errors import ErrorCode
+from libs.common.stages import MAX_DOOR_BYTES
 
 DEADLINE_SECONDS = 10.0
 """The default of a call, within which every row has its answer, unless it says otherwise."""

@@ -21,14 +21,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import re
 import secrets
 import ssl
-import time
 from collections import deque
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, replace
-from typing import Any, Generic, TypeVar
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import msgspec
 import nats.errors
@@ -39,15 +37,11 @@ from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 from nats.micro.service import ServiceConfig
 
-from libs.common import VERSION, hops, meter, micro, tasks, telemetry, tracing
+from libs.common import VERSION, hops, micro, tasks, telemetry, tracing
 from libs.common.clock import Clock, SystemClock
 from libs.common.context import (
-    DEADLINE_HEADER,
-    REQUEST_ID_HEADER,
     TIMINGS_HEADER,
-    TRACEPARENT_HEADER,
     RequestContext,
-    from_headers,
     parse_timings,
 )
 from libs.common.contracts import ErrorBody, FieldError, InstanceLeft, Message, RateState, Reply, TraceKept, encode, raw
@@ -55,6 +49,18 @@ from libs.common.errors import ErrorCode, PortcullisError
 from libs.common.guard import GuardedBroker, PlainTextError, guard
 from libs.common.retries import RetryBudget
 from libs.common.settings import CommonSettings
+from libs.common.stages import (
+    Accept,
+    Answer,
+    AskedHandler,
+    AskedStage,
+    DoorHandler,
+    DoorStage,
+    Forward,
+    Handler,
+    Stage,
+    Waiting,
+)
 from libs.common.subjects import (
     CLIENT_DISCONNECTED,
     CLIENT_USER_PREFIX,
@@ -63,10 +69,8 @@ from libs.common.subjects import (
     EVENT_TRACE_KEPT,
     INBOX_PREFIX,
     TRACES_BEGIN_IN,
-    client_inbox,
     connection_name,
     inbox,
-    key_of,
     service_of,
 )
 
@@ -79,14 +83,10 @@ PING_INTERVAL_SECONDS = 2
 RECONNECT_WAIT_SECONDS = 0.1
 RESEND_GRACE_SECONDS = 0.05
 """How long an answer may still come after a stage's death before the request is sent again."""
-MAX_DOOR_BYTES = 1024 * 1024
-"""Of what a client sends in one message."""
 TELL_KEPT_SECONDS = 0.2
 """How often the others are told which traces are kept: long before they have forgotten their spans of them."""
 HEADER_RESERVE_BYTES = 1024
 """What the headers of a message may take of the server's `max_payload`."""
-
-_ORIGIN = re.compile(r"_INBOX(\.[A-Za-z0-9_-]+){1,4}", re.ASCII)
 
 
 class NoRespondersError(PortcullisError):
@@ -96,31 +96,7 @@ class NoRespondersError(PortcullisError):
         super().__init__(ErrorCode.STAGE_UNAVAILABLE, internal=f"no responders on {subject}")
 
 
-@dataclass(frozen=True, slots=True)
-class Forward:
-    """A handler's decision: on to the next stage, with the same origin and deadline."""
-
-    subject: str
-    message: Message
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """A handler's decision: reply to the origin. `result` may already be encoded."""
-
-    result: Message | msgspec.Raw | None
-    rate: RateState | None = None
-
-
-Outcome = Forward | Answer | None
-"""None: no answer (a broadcast that does not concern this process)."""
-
 Hook = Callable[[], Awaitable[None]]
-Handler = Callable[[T, RequestContext], Awaitable[Outcome]]
-DoorHandler = Callable[[str, T, RequestContext], Awaitable[Outcome]]
-"""Of what a client asks in the name of the key whose id comes first."""
-AskedHandler = Callable[[bytes], Awaitable[bytes | None]]
-Accept = Callable[[Msg], Awaitable[None]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,212 +114,6 @@ class _Pending:
     future: asyncio.Future[Msg]
     again: Callable[[], Awaitable[None]] | None
     span: tracing.Span
-
-
-_Waiting = Callable[[], int]
-"""How many messages of a subject have come and are not worked on yet."""
-
-
-def _meter(subject: str, queue_group: str, limit: int, tasks: set[asyncio.Task[None]], waiting: _Waiting) -> meter.StageMeter:
-    # NATS ADR-32 allows no other characters in a name.
-    name = subject.replace(".", "-").replace("*", "KEY").replace("$", "")
-    return meter.StageMeter(name, subject, queue_group, limit, in_flight=tasks.__len__, queued=waiting)
-
-
-class _Stage(Generic[T]):
-    """One subject that this process handles."""
-
-    def __init__(
-        self,
-        bus: Bus,
-        subject: str,
-        kind: type[T],
-        handler: Handler[T],
-        queue_group: str,
-        max_in_flight: int,
-        waiting: _Waiting,
-    ) -> None:
-        self.subject = subject
-        self.tasks: set[asyncio.Task[None]] = set()
-        self.meter = _meter(subject, queue_group, max_in_flight, self.tasks, waiting)
-        self._bus = bus
-        self._decode = msgspec.json.Decoder(kind).decode
-        self._handler = handler
-        self._max_in_flight = max_in_flight
-        self._span_name = f"process {subject}"
-        self._span_attributes = tracing.messaging("process", subject, queue_group)
-
-    async def accept(self, msg: Msg) -> None:
-        """Start a task for a message, or refuse it at once when the stage is full."""
-        origin = self._origin(msg)
-        if len(self.tasks) >= self._max_in_flight:
-            self.meter.count(ErrorCode.OVERLOADED, None)
-            self._trace_refusal(msg, origin)
-            await self._bus.reply_error(origin, PortcullisError(ErrorCode.OVERLOADED, internal=f"{self.subject} is full"))
-            return
-        task = asyncio.get_running_loop().create_task(self._run(msg, origin))
-        self.tasks.add(task)
-        task.add_done_callback(self.tasks.discard)
-
-    async def _run(self, msg: Msg, origin: str | None) -> None:
-        started = time.perf_counter_ns()
-        context: RequestContext | None = None
-        rate: RateState | None = None
-        outcome_name: str = meter.OK
-        span = tracing.NO_SPAN
-        try:
-            context = self._context(msg, origin)
-            telemetry.request_id_var.set(context.request_id)
-            if span := self._begin(msg, context):
-                context = context.within(span.traceparent)
-            tracing.enter(context.traceparent, span or None)
-            remaining = context.remaining_seconds(self._bus.clock)
-            if remaining <= 0:
-                outcome_name = meter.EXPIRED
-                return
-            body = self._read(msg.data)
-            rate = getattr(body, "rate", None)
-            # Work that outlives its deadline is cancelled: the caller has been told, and will not read it.
-            async with asyncio.timeout(remaining):
-                outcome = await self._handle(msg, body, context)
-            spent = replace(
-                context,
-                timings={**context.timings, self._bus.service: (time.perf_counter_ns() - started) / 1e6},
-            )
-            if isinstance(outcome, Forward):
-                await self._bus.forward(outcome, origin, spent)
-            elif isinstance(outcome, Answer):
-                await self._bus.answer(origin, outcome, spent)
-        except TimeoutError:
-            outcome_name = meter.EXPIRED
-        except PortcullisError as error:
-            outcome_name = error.code
-            if error.internal:
-                log.info("%s refused: %s", self.subject, error)
-            await self._bus.reply_error(origin, error, context, getattr(error, "rate", None) or rate)
-        except Exception:
-            # The one catch-all of a stage: a bug is answered like any other failure, and told to the log.
-            outcome_name = ErrorCode.INTERNAL
-            log.exception("%s failed", self.subject)
-            await self._bus.reply_error(origin, PortcullisError(ErrorCode.INTERNAL), context, rate)
-        finally:
-            if span and context is not None:
-                hops.handled(span, context, outcome_name)
-            # After the span's end, which may be what a trace is kept for: the exemplar knows.
-            self.meter.count(outcome_name, time.perf_counter_ns() - started)
-
-    def _begin(self, _: Msg, context: RequestContext) -> tracing.Span:
-        return tracing.begin(self._span_name, tracing.CONSUMER, context.traceparent, self._span_attributes)
-
-    def _trace_refusal(self, msg: Msg, origin: str | None) -> None:
-        if tracing.recorder() is not None:
-            with contextlib.suppress(PortcullisError):
-                context = self._context(msg, origin)
-                hops.handled(self._begin(msg, context), context, ErrorCode.OVERLOADED)
-
-    def _origin(self, msg: Msg) -> str | None:
-        return origin_of(msg.reply)
-
-    def _context(self, msg: Msg, origin: str | None) -> RequestContext:
-        return from_headers(msg.headers or {}, self._bus.clock, origin)
-
-    async def _handle(self, _: Msg, body: T, context: RequestContext) -> Outcome:
-        return await self._handler(body, context)
-
-    def _read(self, data: bytes) -> T:
-        try:
-            return self._decode(data)
-        except msgspec.DecodeError as error:
-            # msgspec's sentence names the field and the expected type, not the value.
-            raise PortcullisError(ErrorCode.BAD_REQUEST, f"The message could not be read: {error}.") from None
-        except (UnicodeDecodeError, RecursionError):  # what msgspec lets through: bytes that are not UTF-8, endless nesting
-            raise PortcullisError(ErrorCode.BAD_REQUEST, "The message could not be read.") from None
-
-
-class _DoorStage(_Stage[T]):
-    """One subject on which clients ask themselves, without the headers that services give each other."""
-
-    def __init__(
-        self,
-        bus: Bus,
-        subject: str,
-        kind: type[T],
-        handler: DoorHandler[T],
-        queue_group: str,
-        max_in_flight: int,
-        waiting: _Waiting,
-        seconds: float,
-    ) -> None:
-        super().__init__(bus, subject, kind, self._nobody, queue_group, max_in_flight, waiting)
-        self._door_handler = handler
-        self._seconds = seconds
-
-    def _origin(self, msg: Msg) -> str | None:
-        # The server lets anything stand there; answering it must not become a way to write into somebody else's inbox.
-        own = f"{client_inbox(key_of(msg.subject))}."
-        return msg.reply if msg.reply.startswith(own) and _ORIGIN.fullmatch(msg.reply) else None
-
-    def _context(self, msg: Msg, _: str | None) -> RequestContext:
-        if len(msg.data) > MAX_DOOR_BYTES:
-            raise PortcullisError(ErrorCode.PAYLOAD_TOO_LARGE, f"A message holds at most {MAX_DOOR_BYTES} bytes.")
-        if msg.reply and self._origin(msg) is None:
-            raise PortcullisError(ErrorCode.BAD_REQUEST, internal="the answer is wanted elsewhere than in the client's own inbox")
-        given = msg.headers or {}
-        deadline_ms = int((self._bus.clock.now() + self._seconds) * 1000)
-        kept = {name: given[name] for name in (REQUEST_ID_HEADER, TRACEPARENT_HEADER) if name in given}
-        # Without the origin: what is asked twice from one inbox is two requests.
-        return from_headers({**kept, DEADLINE_HEADER: str(deadline_ms)}, self._bus.clock)
-
-    def _begin(self, msg: Msg, context: RequestContext) -> tracing.Span:
-        # Nobody of ours is before it: the trace, or our part of the client's, begins here.
-        parent = context.traceparent if TRACEPARENT_HEADER in (msg.headers or {}) else ""
-        return tracing.root(self._span_name, tracing.CONSUMER, parent, self._span_attributes)
-
-    async def _handle(self, msg: Msg, body: T, context: RequestContext) -> Outcome:
-        return await self._door_handler(key_of(msg.subject), body, context)
-
-    async def _nobody(self, _: T, __: RequestContext) -> Outcome:
-        return None
-
-
-class _Asked:
-    """One subject on which the server itself asks, in its own form. What is not answered it takes for a refusal, in time."""
-
-    def __init__(
-        self, bus: Bus, subject: str, handler: AskedHandler, queue_group: str, max_in_flight: int, waiting: _Waiting
-    ) -> None:
-        self.subject = subject
-        self.tasks: set[asyncio.Task[None]] = set()
-        self.meter = _meter(subject, queue_group, max_in_flight, self.tasks, waiting)
-        self._bus = bus
-        self._handler = handler
-        self._max_in_flight = max_in_flight
-
-    async def accept(self, msg: Msg) -> None:
-        if len(self.tasks) >= self._max_in_flight:
-            self.meter.count(ErrorCode.OVERLOADED, None)
-            return
-        task = asyncio.get_running_loop().create_task(self._run(msg))
-        self.tasks.add(task)
-        task.add_done_callback(self.tasks.discard)
-
-    async def _run(self, msg: Msg) -> None:
-        started = time.perf_counter_ns()
-        outcome: str = meter.OK
-        try:
-            answer = await self._handler(msg.data)
-            if answer is None or not msg.reply:
-                outcome = ErrorCode.BAD_REQUEST
-            else:
-                await self._bus._publish(msg.reply, answer)
-        except PortcullisError as error:
-            outcome = error.code
-            log.info("%s refused: %s", self.subject, error)
-        except Exception:
-            # As in a stage: a bug must not be silent.
-            outcome = ErrorCode.INTERNAL
-            log.exception("%s failed", self.subject)
-        self.meter.count(outcome, time.perf_counter_ns() - started)
 
 
 class Bus:
@@ -365,7 +135,7 @@ class Bus:
         self.retry_budget = RetryBudget(self.clock)
         """Of all that this process asks again. Who does so by himself takes from it, and says so to `request` (`again`)."""
         self._inbox = inbox(service, self.instance)
-        self._stages: list[_Stage[Any] | _Asked] = []
+        self._stages: list[Stage[Any] | AskedStage] = []
         self._waiting: dict[str, Callable[[Msg], None]] = {}
         self._pending: dict[str, _Pending] = {}
         self._left: deque[str] = deque(maxlen=256)
@@ -444,7 +214,7 @@ class Bus:
         queue_group = "" if broadcast else self.service
         delivered, subscriber = self._subscriber(subject, queue_group)
         queued = delivered if waiting is None else lambda: delivered() + waiting()
-        stage = _Stage(self, subject, kind, handler, queue_group, max_in_flight, queued)
+        stage = Stage(self, subject, kind, handler, queue_group, max_in_flight, queued)
         self._stages.append(stage)
         subscriber(stage.accept)
 
@@ -454,18 +224,18 @@ class Bus:
         Answers go to the client's own inbox and nowhere else; a message that wants its answer elsewhere is not carried out.
         """
         delivered, subscriber = self._subscriber(subject, self.service)
-        stage = _DoorStage(self, subject, kind, handler, self.service, max_in_flight, delivered, seconds)
+        stage = DoorStage(self, subject, kind, handler, self.service, max_in_flight, delivered, seconds)
         self._stages.append(stage)
         subscriber(stage.accept)
 
     def asked(self, subject: str, handler: AskedHandler, *, max_in_flight: int) -> None:
         """Answer what the NATS server asks on `subject`, in one replica, with what `handler` makes of it (None: not at all)."""
         delivered, subscriber = self._subscriber(subject, self.service)
-        stage = _Asked(self, subject, handler, self.service, max_in_flight, delivered)
+        stage = AskedStage(self, subject, handler, self.service, max_in_flight, delivered)
         self._stages.append(stage)
         subscriber(stage.accept)
 
-    def _subscriber(self, subject: str, queue_group: str) -> tuple[_Waiting, Callable[[Accept], None]]:
+    def _subscriber(self, subject: str, queue_group: str) -> tuple[Waiting, Callable[[Accept], None]]:
         """How many messages have been delivered that no stage has seen yet; and what takes the function that sees them."""
         subscriber = self.broker.subscriber(subject, queue=queue_group, no_reply=True)
 
@@ -714,6 +484,10 @@ class Bus:
             # The connection is gone: the caller's own connection tells it so.
             log.info("an error reply could not be sent: %s", problem)
 
+    async def reply_raw(self, reply: str, payload: bytes) -> None:
+        """An answer in a form that is not ours, to whoever asked in it."""
+        await self._publish(reply, payload)
+
     async def _drain_subscriber(self, subscriber: Any) -> None:
         """Unsubscribe, and wait until every message that was delivered has been handed to its stage."""
         subscription: Subscription | None = subscriber.subscription
@@ -873,14 +647,3 @@ _decode_left = msgspec.json.Decoder(InstanceLeft).decode
 async def _undecoded(message: NatsMessage) -> NatsMessage:
     """FastStream would decode every body as JSON first; the stages decode for themselves, into their types."""
     return message
-
-
-def origin_of(reply: str | None) -> str | None:
-    """Where the answer to a message goes: its reply subject, less the inboxes of the stages that forwarded it.
-
-    None when there is none, or when it is not an inbox (a forged reply subject must not make us publish elsewhere).
-    """
-    if not reply:
-        return None
-    origin = INBOX_PREFIX + reply.rpartition(INBOX_PREFIX)[2]
-    return origin if _ORIGIN.fullmatch(origin) else None

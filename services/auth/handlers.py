@@ -9,7 +9,6 @@ from datetime import datetime, timedelta
 from typing import Any, TypeVar
 
 from libs.common import keys, subjects
-from libs.common.bus import Answer, Forward
 from libs.common.clock import Clock
 from libs.common.context import RequestContext
 from libs.common.contracts import (
@@ -39,6 +38,7 @@ from libs.common.contracts import (
     raw,
 )
 from libs.common.errors import ErrorCode, PortcullisError
+from libs.common.stages import Answer, Forward
 from services.auth import core
 from services.auth.cache import Authenticator, Caller, KeyCache
 from services.auth.core import Caps, Fields, KeyChanges, Match, StoredKey, Usage, utc

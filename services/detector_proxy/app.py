@@ -7,9 +7,10 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 
 from libs.common import tasks
-from libs.common.bus import Answer, Bus
+from libs.common.bus import Bus
 from libs.common.context import RequestContext
 from libs.common.contracts import AdmittedDetect, BreakersListRequest, BreakersReset, DetectItems
+from libs.common.stages import Answer
 from libs.common.subjects import BATCH_ITEMS, BREAKERS_LIST, BREAKERS_RESET, DETECT_ADMITTED
 from services.detector_proxy import handlers
 from services.detector_proxy.adapters import BreakerNews, JetStreamUsageLog

@@ -8,7 +8,6 @@ from datetime import datetime
 import msgspec
 
 from libs.common import tracing
-from libs.common.bus import Answer
 from libs.common.clock import Clock
 from libs.common.context import RequestContext
 from libs.common.contracts import (
@@ -25,6 +24,7 @@ from libs.common.contracts import (
     Verdict,
 )
 from libs.common.errors import ErrorCode, PortcullisError
+from libs.common.stages import Answer
 from services.detector_proxy.breaker import EngineBreaker
 from services.detector_proxy.core import BulkJudge, Judge
 from services.detector_proxy.metrics import count_verdict

@@ -7,7 +7,6 @@ import logging
 import time
 
 from libs.common import tracing
-from libs.common.bus import Answer, Outcome
 from libs.common.clock import Clock
 from libs.common.context import RequestContext
 from libs.common.contracts import (
@@ -23,6 +22,7 @@ from libs.common.contracts import (
     Transform,
 )
 from libs.common.errors import CATALOGUE, ErrorCode, PortcullisError
+from libs.common.stages import Answer, Outcome
 from services.fallback_model.batcher import Busy
 from services.fallback_model.detector import Detection, Detector
 from services.fallback_model.swap import Slot

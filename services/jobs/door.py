@@ -10,7 +10,7 @@ from functools import partial
 from typing import Final
 
 from libs.common import subjects
-from libs.common.bus import Answer, Bus
+from libs.common.bus import Bus
 from libs.common.context import RequestContext
 from libs.common.contracts import (
     MAX_JOB_APPEND,
@@ -25,6 +25,7 @@ from libs.common.contracts import (
     Principal,
     encode,
 )
+from libs.common.stages import Answer
 from services.jobs.core import new_job_id
 from services.jobs.desk import Desk
 

@@ -6,7 +6,6 @@ from typing import TypeVar
 
 import msgspec
 
-from libs.common.bus import Answer, Forward
 from libs.common.context import RequestContext
 from libs.common.contracts import (
     AnsweredAccount,
@@ -22,6 +21,7 @@ from libs.common.contracts import (
     raw,
 )
 from libs.common.errors import ErrorCode, PortcullisError
+from libs.common.stages import Answer, Forward
 from libs.common.subjects import ACCOUNT_ANSWERED
 from services.jobs.core import new_job_id
 from services.jobs.desk import Desk

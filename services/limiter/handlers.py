@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 
 from libs.common import tracing
-from libs.common.bus import Answer, Forward
 from libs.common.context import RequestContext
 from libs.common.contracts import (
     Admission,
@@ -18,6 +17,7 @@ from libs.common.contracts import (
     RegisterRequest,
 )
 from libs.common.errors import ErrorCode, PortcullisError
+from libs.common.stages import Answer, Forward
 from libs.common.subjects import DETECT_ADMITTED, REGISTER_ADMITTED
 from services.limiter.core import Decision, address_key, retry_after_seconds
 from services.limiter.failover import Limiter

@@ -11,7 +11,7 @@ from nats.aio.client import Client
 from nats.aio.subscription import Subscription
 from nats.protocol.parser import Parser
 
-from libs.common.bus import HEADER_RESERVE_BYTES, origin_of
+from libs.common.bus import HEADER_RESERVE_BYTES
 from libs.common.clock import ManualClock
 from libs.common.context import (
     DEADLINE_HEADER,
@@ -24,6 +24,7 @@ from libs.common.context import (
 )
 from libs.common.errors import ErrorCode, PortcullisError
 from libs.common.guard import guard
+from libs.common.stages import origin_of
 from libs.common.subjects import INBOX_PREFIX
 
 _CLOCK: Final = ManualClock()

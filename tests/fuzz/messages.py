@@ -18,9 +18,9 @@ from typing import Any, Final, cast
 import msgspec
 
 from libs.common import contracts
-from libs.common.bus import _Stage
 from libs.common.contracts import Message
 from libs.common.errors import ErrorCode, PortcullisError
+from libs.common.stages import Stage
 
 GOLDEN: Final = Path(__file__).parents[1] / "contract" / "golden"
 KINDS: Final = {
@@ -57,7 +57,7 @@ GUIDES: Final[tuple[Callable[..., Any], ...]] = (
 def read(name: str, body: bytes) -> Message:
     """As a stage reads it."""
     stage = cast(Any, SimpleNamespace(_decode=_DECODERS[name]))
-    message: Message = _Stage._read(stage, body)
+    message: Message = Stage._read(stage, body)
     return message
 
 

@@ -17,7 +17,7 @@ from pydantic import SecretStr
 
 from infra.embedded.servers import Server
 from libs.common import contracts, keys, subjects
-from libs.common.bus import Answer, Bus, Response
+from libs.common.bus import Bus, Response
 from libs.common.context import RequestContext, new_request_id, new_traceparent
 from libs.common.contracts import (
     AccountRequest,
@@ -34,6 +34,7 @@ from libs.common.contracts import (
     RegisterRequest,
 )
 from libs.common.settings import CommonSettings
+from libs.common.stages import Answer
 from services.auth.app import parts
 from services.auth.settings import AuthSettings
 from tests.conftest import OPERATOR, running

@@ -16,7 +16,7 @@ from nats.js import JetStreamContext
 
 from infra.embedded.servers import Server
 from libs.common import contracts, subjects
-from libs.common.bus import Answer, Bus, Forward
+from libs.common.bus import Bus
 from libs.common.context import RequestContext
 from libs.common.contracts import (
     AnsweredAccount,
@@ -30,6 +30,7 @@ from libs.common.contracts import (
     Verdict,
 )
 from libs.common.errors import ErrorCode, PortcullisError
+from libs.common.stages import Answer, Forward
 from services.jobs.adapters import JetStream
 from services.jobs.app import parts
 from services.jobs.settings import Settings

@@ -16,12 +16,13 @@ from pydantic import SecretStr
 from infra.embedded import servers
 from infra.embedded.servers import Server
 from libs.common import contracts, subjects
-from libs.common.bus import RESEND_GRACE_SECONDS, Answer, Bus, Forward, NoRespondersError, origin_of
+from libs.common.bus import RESEND_GRACE_SECONDS, Bus, NoRespondersError
 from libs.common.clock import SystemClock
 from libs.common.context import RequestContext, new_request_id, new_traceparent
 from libs.common.contracts import Message
 from libs.common.errors import ErrorCode, PortcullisError
 from libs.common.settings import CommonSettings
+from libs.common.stages import Answer, Forward, origin_of
 from tests.conftest import OPERATOR, free_port, running
 
 MakeBus = Callable[[str], Bus]

@@ -12,11 +12,12 @@ from pydantic import SecretStr
 
 from infra.embedded.servers import Server
 from libs.common import hops, subjects, tracing
-from libs.common.bus import Answer, Bus, Forward, NoRespondersError
+from libs.common.bus import Bus, NoRespondersError
 from libs.common.context import RequestContext, new_request_id
 from libs.common.contracts import Message, TraceKept
 from libs.common.errors import ErrorCode, PortcullisError
 from libs.common.settings import CommonSettings
+from libs.common.stages import Answer, Forward
 from libs.common.tracing import Recorded, Recorder
 from tests.conftest import OPERATOR
 from tests.integration.test_bus import MakeBus, started

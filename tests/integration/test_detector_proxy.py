@@ -21,7 +21,7 @@ from pydantic import SecretStr
 
 from infra.embedded.servers import Server
 from libs.common import micro, subjects
-from libs.common.bus import Answer, Bus, NoRespondersError
+from libs.common.bus import Bus, NoRespondersError
 from libs.common.context import RequestContext, new_request_id, new_traceparent
 from libs.common.contracts import (
     AdmittedDetect,
@@ -48,6 +48,7 @@ from libs.common.contracts import (
 )
 from libs.common.errors import ErrorCode, PortcullisError
 from libs.common.settings import CommonSettings
+from libs.common.stages import Answer
 from services.detector_proxy.app import parts
 from services.detector_proxy.settings import DetectorProxySettings
 from tests.chaos.hostile_engine import MODES, HostileEngine, hostile_engine

@@ -22,12 +22,13 @@ from pydantic import SecretStr
 from infra.embedded import servers
 from infra.embedded.servers import Server
 from libs.common import contracts, keys, subjects
-from libs.common.bus import Answer, Bus, Forward
+from libs.common.bus import Bus
 from libs.common.context import RequestContext
 from libs.common.contracts import DetectRequest, RateState, Verdict
 from libs.common.errors import ErrorCode, PortcullisError
 from libs.common.service import connect
 from libs.common.settings import CommonSettings
+from libs.common.stages import Answer, Forward
 from services.edge.app import front
 from services.edge.settings import EdgeSettings
 from tests.conftest import free_port, running

@@ -17,10 +17,11 @@ import pytest
 
 from infra.embedded.servers import Server
 from libs.common import contracts, subjects
-from libs.common.bus import Answer, Bus
+from libs.common.bus import Bus
 from libs.common.context import RequestContext
 from libs.common.contracts import AdmissionRequest, DetectItems, ItemResult, ItemResults, Principal
 from libs.common.errors import ErrorCode, PortcullisError
+from libs.common.stages import Answer
 from services.edge.metrics import BATCHES
 from tests.integration.test_edge import KEYED, RATE, VERDICT, Edge, Fleet
 

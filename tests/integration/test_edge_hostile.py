@@ -14,10 +14,10 @@ import psutil
 import pytest
 
 from libs.common import contracts
-from libs.common.bus import Answer
 from libs.common.context import RequestContext
 from libs.common.contracts import DetectRequest
 from libs.common.keys import digest, generate
+from libs.common.stages import Answer
 from services.edge.metrics import IN_FLIGHT
 from tests.integration.test_edge import BODY, KEY, POST, RATE, VERDICT, Fleet, assert_only_problem, fleet, until
 

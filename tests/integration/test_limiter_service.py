@@ -21,7 +21,7 @@ from pydantic import SecretStr
 from infra.embedded import servers
 from infra.embedded.servers import Server
 from libs.common import contracts, subjects
-from libs.common.bus import Answer, Bus
+from libs.common.bus import Bus
 from libs.common.context import RequestContext, new_request_id, new_traceparent
 from libs.common.contracts import (
     Admission,
@@ -37,6 +37,7 @@ from libs.common.contracts import (
 )
 from libs.common.errors import ErrorCode
 from libs.common.keys import new_key_id
+from libs.common.stages import Answer
 from services.limiter import adapters, app
 from services.limiter.core import PER_KEY, Policy
 from services.limiter.settings import Settings

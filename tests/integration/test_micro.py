@@ -16,11 +16,12 @@ from pydantic import SecretStr
 
 from infra.embedded.servers import Server
 from libs.common import subjects
-from libs.common.bus import Answer, Bus
+from libs.common.bus import Bus
 from libs.common.context import RequestContext
 from libs.common.contracts import Message
 from libs.common.errors import ErrorCode, PortcullisError
 from libs.common.settings import CommonSettings
+from libs.common.stages import Answer
 from tests.conftest import OPERATOR
 from tests.integration.test_bus import Ping, context
 

@@ -20,7 +20,7 @@ from nats.aio.msg import Msg
 
 from infra.embedded.servers import MAX_SUBSCRIPTIONS, Server
 from libs.common import contracts, keys, subjects
-from libs.common.bus import Answer, Bus
+from libs.common.bus import Bus
 from libs.common.context import RequestContext
 from libs.common.contracts import (
     AdminCreateKey,
@@ -37,6 +37,7 @@ from libs.common.contracts import (
 )
 from libs.common.errors import ErrorCode
 from libs.common.micro import STORE_POSTGRES
+from libs.common.stages import Answer
 from services.auth import door
 from services.auth.app import parts as auth_parts
 from services.jobs.app import parts as jobs_parts

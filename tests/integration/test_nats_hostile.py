@@ -19,10 +19,11 @@ from nats.aio.msg import Msg
 
 from infra.embedded.servers import MAX_PAYLOAD_BYTES, Server
 from libs.common import contracts, subjects
-from libs.common.bus import Bus, _Stage
+from libs.common.bus import Bus
 from libs.common.context import DEADLINE_HEADER, TIMINGS_HEADER, RequestContext, new_request_id, new_traceparent
 from libs.common.contracts import DetectPayload, DetectRequest, IssuedKey, RegisterRequest, Reply, Verdict
 from libs.common.errors import ErrorCode
+from libs.common.stages import Stage
 from libs.common.subjects import PERMISSIONS, SERVICES
 from services.auth.app import parts as auth_parts
 from services.console.app import front as console_front
@@ -60,7 +61,7 @@ class World:
 
     def stages(self) -> list[tuple[str, bool]]:
         """Every subject that is a stage of a service, with a key in the place of `*`; and whether clients ask there."""
-        found = [stage.subject for bus in self.buses.values() for stage in bus._stages if isinstance(stage, _Stage)]
+        found = [stage.subject for bus in self.buses.values() for stage in bus._stages if isinstance(stage, Stage)]
         return sorted((subject.replace("*", KEY_ID), subject in subjects.DOOR_OPERATIONS) for subject in found)
 
     async def on_answer(self, msg: Msg) -> None:

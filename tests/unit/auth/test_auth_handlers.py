@@ -13,7 +13,6 @@ import msgspec
 import pytest
 
 from libs.common import contracts, keys, subjects
-from libs.common.bus import Answer, Forward
 from libs.common.clock import ManualClock
 from libs.common.context import RequestContext
 from libs.common.contracts import (
@@ -39,6 +38,7 @@ from libs.common.contracts import (
     TakeRequest,
 )
 from libs.common.errors import ErrorCode, PortcullisError
+from libs.common.stages import Answer, Forward
 from services.auth import handlers
 from services.auth.cache import Authenticator, KeyCache
 from services.auth.core import Caps, Usage

@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 
 from libs.common import contracts, micro, tracing
-from libs.common.bus import Answer, Bus
+from libs.common.bus import Bus
 from libs.common.clock import ManualClock
 from libs.common.context import RequestContext
 from libs.common.contracts import ModelItemResults, ModelItems, ModelRequest, ModelResult
 from libs.common.errors import ErrorCode, PortcullisError
+from libs.common.stages import Answer
 from libs.common.subjects import DEFAULT_POOL, model_pool, model_pool_batch
 from libs.common.tracing import Recorder
 from services.fallback_model import handlers, labels, processors

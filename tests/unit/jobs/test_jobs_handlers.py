@@ -3,7 +3,6 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from libs.common.bus import Answer, Forward
 from libs.common.context import RequestContext, new_request_id, new_traceparent
 from libs.common.contracts import (
     AnsweredAccount,
@@ -23,6 +22,7 @@ from libs.common.contracts import (
     raw,
 )
 from libs.common.errors import ErrorCode, PortcullisError
+from libs.common.stages import Answer, Forward
 from libs.common.subjects import ACCOUNT_ANSWERED
 from services.jobs import handlers
 from tests.unit.jobs.test_jobs_desk import PRINCIPAL, Kit
