@@ -13,7 +13,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -45,8 +45,9 @@ def backup(home: Home, target: Path) -> list[str]:
     _require_quiet(home)
     # Under another name until it is complete, so that half a backup is not taken for one.
     making = target.with_name(target.name + ".partial")
-    try:
-        shutil.rmtree(making, ignore_errors=True)
+    shutil.rmtree(making, ignore_errors=True)
+    with ExitStack() as undo:
+        undo.callback(shutil.rmtree, making, ignore_errors=True)
         making.mkdir(parents=True, mode=0o700)
         kept = [name for name in FILES if _copy(home.path / name, making / name)]
         if (home.path / "postgres").exists():
@@ -56,9 +57,7 @@ def backup(home: Home, target: Path) -> list[str]:
         manifest = {"format": FORMAT, "portcullis": VERSION, "made_at": datetime.now(UTC).isoformat(), "holds": kept}
         write_private(making / MANIFEST, json.dumps(manifest, indent=1) + "\n")
         making.rename(target)
-    except BaseException:
-        shutil.rmtree(making, ignore_errors=True)
-        raise
+        undo.pop_all()
     return kept
 
 
@@ -68,21 +67,24 @@ def restore(home: Home, source: Path) -> list[str]:
     if held := [name for name in DATA if _holds(home, name)]:
         raise BackupError(f"{home.path} already holds {', '.join(held)}; move it away, or set {HOME_VARIABLE} to another folder")
     _require_quiet(home)
-    try:
+    with ExitStack() as undo:
+        undo.callback(_empty, home)  # half of it would be taken for a home
         for name in kept:
             if name != DUMP:
                 _copy(source / name, home.path / name)
         if DUMP in kept:
             with _postgres(home) as connection:
                 _run("pg_restore", connection, "--exit-on-error", "--no-owner", "--single-transaction", str(source / DUMP))
-    except BaseException:
-        for path in (home.path / name for name in DATA):  # half of it would be taken for a home
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
-        raise
+        undo.pop_all()
     return kept
+
+
+def _empty(home: Home) -> None:
+    for path in (home.path / name for name in DATA):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _manifest(source: Path) -> list[str]:

@@ -24,12 +24,12 @@ from rich.table import Table
 
 from infra.embedded.home import ROOT
 from tests.bench import generator
-from tests.bench.figures import Stretch, compared
-from tests.bench.load import BenchError, made
+from tests.bench.figures import compared
+from tests.bench.load import BenchError
 from tests.bench.overhead import engine_environment
 from tests.bench.report import CPU, P50, P99, RATE, Report, default_folder, values_of
-from tests.bench.systems import DISTINCT_REQUESTS, Stack, engine, key_of, loaded, portcullis
-from tests.bench.turns import WARM_UP_SECONDS, closed, in_turn
+from tests.bench.systems import engine, portcullis
+from tests.bench.turns import side_by_side
 
 FEWEST_PAIRS = 6
 """Below that no interval of 95 % can be had from pairs."""
@@ -54,19 +54,6 @@ def _said(*command: str, folder: Path = ROOT) -> str:
     return done.stdout.strip()
 
 
-async def measure(first: Stack, second: Stack, callers: int, pairs: int, seconds: float) -> dict[str, list[Stretch]]:
-    """What came of A and of B, in pairs."""
-    supply = made(DISTINCT_REQUESTS)
-    async with (
-        key_of(first) as its_key,
-        key_of(second) as other_key,
-        loaded("A", first.port, first.cpu, supply, [its_key]) as a,
-        loaded("B", second.port, second.cpu, supply, [other_key]) as b,
-    ):
-        work = dict.fromkeys((a.name, b.name), closed(callers, seconds))
-        return await in_turn([a, b], work, pairs, closed(callers, WARM_UP_SECONDS))
-
-
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="./run bench compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -87,12 +74,12 @@ def main(arguments: list[str]) -> int:
         with ExitStack() as entered:
             folder = Path(entered.enter_context(tempfile.TemporaryDirectory(prefix="pc-compare-")))
             environment = engine_environment(entered.enter_context(engine()).url) if chosen.engine == "stub" else {}
-            stacks = []
-            for side, name in (("a", chosen.first), ("b", chosen.second)):
+            stacks = {}
+            for side, name in (("A", chosen.first), ("B", chosen.second)):
                 root = entered.enter_context(checkout(name, folder / side))
                 python = str(root / ".venv/bin/python")
-                stacks.append(entered.enter_context(portcullis(environment, root=root, python=python)))
-            found = uvloop.run(measure(stacks[0], stacks[1], chosen.callers, chosen.pairs, chosen.seconds))
+                stacks[side] = entered.enter_context(portcullis(environment, root=root, python=python))
+            found = uvloop.run(side_by_side(stacks, chosen.callers, chosen.seconds, chosen.pairs))
     except (aiohttp.ClientError, BenchError) as error:
         print(f"bench compare: {error}", file=sys.stderr)
         return 1

@@ -7,9 +7,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import secrets
 import sys
-import time
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -23,8 +21,9 @@ from rich.table import Table
 
 from infra.embedded.stack import OPERATOR
 from libs.common.subjects import CONNECTIONS, service_of
-from tests.bench.load import BenchError, issued_key, texts
-from tests.bench.systems import Stack, portcullis
+from tests.bench.load import BenchError, made
+from tests.bench.systems import DISTINCT_REQUESTS, Stack, key_of, loaded, portcullis
+from tests.bench.turns import closed
 
 WARM_UP_SECONDS = 3.0
 SETTLING_SECONDS = 2.0
@@ -72,36 +71,17 @@ def _commands(stack: Stack) -> Counter[str]:
     return Counter({name.removeprefix("cmdstat_"): int(one["calls"]) for name, one in stats.items()})
 
 
-async def load(session: aiohttp.ClientSession, key: str, count: int, seconds: float) -> int:
-    """How many were answered with a verdict."""
-    supply = texts()
-    answered = 0
-    end = time.perf_counter() + seconds
-
-    async def caller() -> None:
-        nonlocal answered
-        while time.perf_counter() < end:
-            body = {"text": f"{next(supply)} {secrets.token_hex(4)}"}
-            async with session.post("/v1/detect", json=body, headers={"X-API-Key": key}) as response:
-                await response.read()
-            if response.status != 200:
-                raise BenchError(f"answered {response.status}")
-            answered += 1
-
-    await asyncio.gather(*(caller() for _ in range(count)))
-    return answered
-
-
 async def measure(stack: Stack, count: int, seconds: float, table: Table) -> str:
-    async with aiohttp.ClientSession(stack.url) as session, issued_key(session, stack.token) as key:
-        await load(session, key, count, WARM_UP_SECONDS)
+    async with key_of(stack) as key, loaded("Portcullis", stack.port, stack.cpu, made(DISTINCT_REQUESTS), [key]) as system:
+        await system.measure(closed(count, WARM_UP_SECONDS))
         await asyncio.sleep(SETTLING_SECONDS)
         before = await look(stack)
-        began = time.perf_counter()
-        answered = await load(session, key, count, seconds)
-        spent = time.perf_counter() - began
+        stretch = await system.measure(closed(count, seconds))
         await asyncio.sleep(SETTLING_SECONDS)
         after = await look(stack)
+    answered = stretch.answered
+    if stretch.failed:
+        raise BenchError(f"{stretch.failed} requests were not answered with a verdict")
     for name in after.cpu:
         cpu = (after.cpu[name] - before.cpu[name]) * 1000 / answered
         pairs = ((before.sent, after.sent), (before.received, after.received))
@@ -111,7 +91,7 @@ async def measure(stack: Stack, count: int, seconds: float, table: Table) -> str
         table.add_row(name, f"{cpu:.3f}", *shown)
     commands = {name: (calls - before.redis[name]) / answered for name, calls in after.redis.items()}
     told = ", ".join(f"{name} {rate:.2f}" for name, rate in sorted(commands.items()) if rate >= 0.01)
-    return f"{answered / spent:.0f} requests/s from {count} callers; Redis commands for each: {told}"
+    return f"{stretch.rate:.0f} requests/s from {count} callers; Redis commands for each: {told}"
 
 
 def main(arguments: list[str]) -> int:

@@ -32,7 +32,7 @@ from tests.bench.load import LIMITS, SENTENCES, BenchError, issued_key, made
 from tests.bench.overhead import engine_environment
 from tests.bench.report import CPU, GENERATOR, P50, RATE, Bar, Report, Row, values_of
 from tests.bench.systems import DISTINCT_REQUESTS, Stack, System, engine, key_of, loaded, portcullis, requests
-from tests.bench.turns import WARM_UP_SECONDS, Options, closed, in_turn
+from tests.bench.turns import WARM_UP_SECONDS, Options, closed, in_turn, side_by_side
 
 REPLICAS = (2, 4)
 CALLERS = 32
@@ -69,15 +69,7 @@ def replicas(options: Options) -> Report:
 
 
 async def _against(report: Report, options: Options, setting: str, base: Stack, more: Stack) -> None:
-    supply = made(DISTINCT_REQUESTS)
-    async with (
-        key_of(base) as its_key,
-        key_of(more) as other_key,
-        loaded("one of each", base.port, base.cpu, supply, [its_key]) as one,
-        loaded("more", more.port, more.cpu, supply, [other_key]) as other,
-    ):
-        work = dict.fromkeys((one.name, other.name), closed(CALLERS, options.seconds))
-        found = await in_turn([one, other], work, options.repeats, closed(CALLERS, WARM_UP_SECONDS))
+    found = await side_by_side({"one of each": base, "more": more}, CALLERS, options.seconds, options.repeats)
     for name, stretches in found.items():
         report.add(name, setting, values_of(stretches))
     rate, cpu = (_ratio(report.row("more", setting), report.row("one of each", setting), figure) for figure in (RATE, CPU))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 
 from tests.bench.figures import Stretch, arrivals
 from tests.bench.generator import Work
-from tests.bench.systems import System
+from tests.bench.load import made
+from tests.bench.systems import DISTINCT_REQUESTS, Stack, System, key_of, loaded
 
 WARM_UP_SECONDS = 0.5
 
@@ -55,3 +57,15 @@ async def in_turn(
             await warm_up(system.load)
             found[system.name].append(await system.measure(work[system.name]))
     return found
+
+
+async def side_by_side(stacks: Mapping[str, Stack], callers: int, seconds: float, repeats: int) -> dict[str, list[Stretch]]:
+    """What came of two stacks under the same closed loop, by turns, by their names."""
+    supply = made(DISTINCT_REQUESTS)
+    async with AsyncExitStack() as entered:
+        systems = []
+        for name, stack in stacks.items():
+            key = await entered.enter_async_context(key_of(stack))
+            systems.append(await entered.enter_async_context(loaded(name, stack.port, stack.cpu, supply, [key])))
+        work = dict.fromkeys(stacks, closed(callers, seconds))
+        return await in_turn(systems, work, repeats, closed(callers, WARM_UP_SECONDS))

@@ -9,8 +9,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -26,6 +25,7 @@ from services.limiter.failover import Health, Limiter
 from services.limiter.lua import READ_CLOCK, SCRIPT, Wire
 from services.limiter.ports import StoreUnavailableError
 from tests.conftest import free_port, wait_until
+from tests.integration.limiter_kit import limiter
 from tests.unit.limiter.rule import (
     DAY,
     MINUTE,
@@ -192,22 +192,6 @@ def own_redis(tmp_path: Path) -> Iterator[OwnRedis]:
     own.start()
     yield own
     own.end()
-
-
-@asynccontextmanager
-async def limiter(url: str, policy: Policy = PER_KEY, instance: str = "one") -> AsyncIterator[tuple[Limiter, Health]]:
-    client = adapters.connect(url)
-    heartbeat = adapters.RedisHeartbeat(client, instance)
-    health = Health(heartbeat, lambda up: None, beat_seconds=0.05, retry_seconds=0.01)
-    await health.check()
-    watching = asyncio.create_task(health.watch())
-    try:
-        yield Limiter(policy, adapters.RedisStore(client, policy, "rl:"), health, SystemClock(), 1000), health
-    finally:
-        watching.cancel()
-        await asyncio.gather(watching, return_exceptions=True)
-        await heartbeat.leave()
-        await client.aclose()
 
 
 async def until(health: Health, up: bool) -> None:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import subprocess
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
@@ -17,14 +16,12 @@ from pydantic import SecretStr
 
 from infra.embedded import servers
 from libs.common.bus import Bus
-from libs.common.clock import SystemClock
 from libs.common.service import ConfigurationError
-from services.limiter import adapters
 from services.limiter.app import parts
-from services.limiter.core import PER_KEY
-from services.limiter.failover import Health, Limiter
+from services.limiter.failover import Health
 from services.limiter.settings import Settings
 from tests.conftest import free_port, wait_until
+from tests.integration.limiter_kit import limiter
 
 PASSWORD, SENTINELS_OWN = "p@ss/word", "their%own"
 LIMITS = (10, 1000)
@@ -114,20 +111,6 @@ def _is_replicated(primary: Started, sentinel: Started) -> bool:
         link = client.info("replication").get("slave0", {}).get("state")
         known = watching.sentinel_slaves("mymaster")
     return link == "online" and any(not each["is_disconnected"] for each in known)
-
-
-@asynccontextmanager
-async def limiter(url: str) -> AsyncIterator[tuple[Limiter, Health]]:
-    client = adapters.connect(url)
-    health = Health(adapters.RedisHeartbeat(client, "one"), lambda up: None, beat_seconds=0.05, retry_seconds=0.02)
-    await health.check()
-    watching = asyncio.create_task(health.watch())
-    try:
-        yield Limiter(PER_KEY, adapters.RedisStore(client, PER_KEY, "rl:"), health, SystemClock(), 1000), health
-    finally:
-        watching.cancel()
-        await asyncio.gather(watching, return_exceptions=True)
-        await client.aclose()
 
 
 async def until_up(health: Health) -> None:

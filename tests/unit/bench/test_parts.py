@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from infra.embedded.home import ROOT
-from tests.bench import overhead, scale
+from tests.bench import overhead, scale, turns
 from tests.bench.report import CPU, RATE
 from tests.bench.stub import Stub
 from tests.bench.turns import Options
@@ -75,6 +75,7 @@ def started(monkeypatch: pytest.MonkeyPatch, port: int) -> list[tuple[dict[str, 
     for module in (overhead, scale):
         monkeypatch.setattr(module, "portcullis", stack)
         monkeypatch.setattr(module, "engine", served)
+    for module in (overhead, scale, turns):
         monkeypatch.setattr(module, "key_of", key)
         monkeypatch.setattr(module, "WARM_UP_SECONDS", 0.01)
     monkeypatch.setattr(overhead, "monolith", served)
