@@ -31,7 +31,7 @@ from tests.images.compose import try_compose
 from tests.images.engine import ROOT, Engine, TrialError, check_machine, expect, say
 from tests.images.use import use
 
-RELEASE, MIRROR = "bookworm", "http://deb.debian.org/debian"
+RELEASE = "bookworm"
 BASE, BUILD_BASE = "localhost/portcullis-base", "localhost/portcullis-build-base"
 BASE_PACKAGES = "python3,ca-certificates"
 # As Debian's own slim images are made; what apt has fetched is of no use in an image.
@@ -53,7 +53,7 @@ def make_base(engine: Engine) -> tuple[str, str]:
     root = engine.home / "base"
     shutil.rmtree(root, ignore_errors=True)
     say(f"making a base of {RELEASE} with {BASE_PACKAGES}")
-    engine.run("debootstrap", "--variant=minbase", f"--include={BASE_PACKAGES}", RELEASE, str(root), MIRROR)
+    engine.run("debootstrap", "--variant=minbase", f"--include={BASE_PACKAGES}", RELEASE, str(root))
     for path in LEFT_OUT:
         for entry in (root / path).glob("*"):
             shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
