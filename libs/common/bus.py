@@ -309,7 +309,14 @@ class Bus:
         # (`fetch` takes some messages off its queue without saying that they are done), and refuses a connection that is
         # being made again. On a closed one it does nothing.
         if self.broker._connection is not None:
-            await self.broker._connection.close()
+            # It ends its own attempt to reconnect. Where that has just begun, both wait for the end of one transport, and the
+            # cancellation comes back out of `close`; as a task of its own it is told apart from a cancellation of ours.
+            closing = asyncio.create_task(self.broker._connection.close())
+            await asyncio.wait({closing})
+            if closing.cancelled():
+                self.closed.set()
+            else:
+                closing.result()
         with contextlib.suppress(nats.errors.ConnectionClosedError):
             await self.broker.stop()
 
