@@ -61,6 +61,12 @@ jobs *arguments: _runtime
     @exec {{ python }} infra/embedded/child.py --optional \
         --environment "${PORTCULLIS_HOME:-.portcullis}/environments/jobs.json" -- {{ python }} -m services.jobs "$@"
 
+# What an exchange of the pepper has not reached yet: auth old-pepper
+[no-exit-message]
+auth *arguments: _runtime
+    @exec {{ python }} infra/embedded/child.py --optional \
+        --environment "${PORTCULLIS_HOME:-.portcullis}/environments/auth.json" -- {{ python }} -m services.auth "$@"
+
 # The whole test suite, or parts of it: test tests/unit -k limiter
 [no-exit-message]
 test *arguments: _development

@@ -50,6 +50,8 @@ def write(folder: Path) -> None:
     folder.chmod(0o700)
     for name in ("key-pepper", "admin-token", "grafana-password"):
         _password(folder, name)
+    # Nothing is in it but during an exchange of the pepper; what compose mounts must be there.
+    _kept(folder, "key-pepper-previous", "")
     postgres, redis = _password(folder, "postgres-password"), _password(folder, "redis-password")
     files = {
         "database-url": f"postgresql://{servers.POSTGRES_USER}:{postgres}@postgres:{POSTGRES_PORT}/{servers.POSTGRES_DATABASE}\n",

@@ -128,6 +128,11 @@ class Home:
             write_private(path, make() + "\n")
         return path.read_text().strip()
 
+    def kept_secret(self, name: str) -> str | None:
+        """The secret of this name, if somebody has put one there."""
+        path = self.path / "secrets" / name
+        return path.read_text().strip() or None if path.exists() else None
+
     def port(self, name: str) -> int:
         """The port that was chosen for an internal server, or a new one if somebody else has taken it since."""
         path = self.path / "ports.json"

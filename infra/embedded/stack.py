@@ -40,6 +40,7 @@ LOG_BACKUPS = 2
 ONLY_FOR = {
     "PORTCULLIS_DATABASE_URL": ("auth",),
     "PORTCULLIS_KEY_PEPPER": ("auth",),
+    "PORTCULLIS_KEY_PEPPER_PREVIOUS": ("auth",),
     "PORTCULLIS_ADMIN_TOKEN": ("auth", "console"),
     "PORTCULLIS_NATS_ISSUER_SEED": ("auth",),
     "PORTCULLIS_REDIS_URL": ("limiter",),
@@ -155,6 +156,8 @@ def plan(home: Home, environment: Mapping[str, str], scale: Mapping[str, int]) -
         running.append(server)
         wanted["PORTCULLIS_DATABASE_URL"] = server.url
     wanted.setdefault("PORTCULLIS_KEY_PEPPER", home.secret("key-pepper"))
+    if (other := home.kept_secret("key-pepper-previous")) is not None:  # there only while the pepper is exchanged
+        wanted.setdefault("PORTCULLIS_KEY_PEPPER_PREVIOUS", other)
     wanted.setdefault("PORTCULLIS_ADMIN_TOKEN", home.secret("admin-token"))
     if edge_host in LOOPBACK:
         # Whoever reaches the gateway may register a key: fine on this machine alone, and not a default for anybody else's.

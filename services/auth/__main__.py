@@ -1,4 +1,6 @@
-"""`python -m services.auth` serves; `python -m services.auth migrate` only brings the database to the newest schema."""
+"""`python -m services.auth` serves; `… migrate` only brings the database to the newest schema; `… old-pepper` lists the keys that
+are not known to be stored under the current pepper.
+"""
 
 from __future__ import annotations
 
@@ -15,5 +17,9 @@ if sys.argv[1:] == ["migrate"]:
         asyncio.run(migrate_only(load(AuthSettings)))
     except service.ConfigurationError as error:
         raise SystemExit(f"portcullis auth: {error}") from None
+elif sys.argv[1:]:
+    from services.auth.command import main
+
+    raise SystemExit(main(sys.argv[1:]))
 else:
     service.run("auth", AuthSettings, parts)

@@ -18,14 +18,17 @@ from sqlalchemy import (
     ARRAY,
     URL,
     BigInteger,
+    ColumnElement,
     Date,
     DateTime,
     String,
+    and_,
     bindparam,
     delete,
     event,
     func,
     make_url,
+    or_,
     text,
     tuple_,
     update,
@@ -45,7 +48,17 @@ from libs.common.service import ConfigurationError
 from libs.common.subjects import EVENT_KEY_CHANGED, USAGE_STREAM
 from services.auth import metrics
 from services.auth.cache import STALE_SECONDS, KeyCache
-from services.auth.core import KeyChanges, Position, StoredKey, StoreRefusesError, StoreUnavailableError, Usage, UsageBatch
+from services.auth.core import (
+    KeyChanges,
+    LeftBehind,
+    Match,
+    Position,
+    StoredKey,
+    StoreRefusesError,
+    StoreUnavailableError,
+    Usage,
+    UsageBatch,
+)
 from services.auth.models import ApiKey, KeyDay, KeyTotals, UsagePosition
 from services.auth.ports import PositionMovedError, UsageLedger
 
@@ -199,21 +212,54 @@ class PostgresKeys:
                     created_at=key.created_at,
                     expires_at=key.expires_at,
                     verifier=key.verifier,
+                    pepper_id=key.pepper_id,
                 )
             )
 
     async def replace_secret(
-        self, key_id: str, *, current: bytes, new: bytes, previous_valid_until: datetime
+        self, key_id: str, *, current: Sequence[bytes], new: bytes, pepper_id: str, previous_valid_until: datetime
     ) -> StoredKey | None:
         async with self._transaction("UPDATE", "api_keys") as session:
             # Compared and set in one statement: of two rotations at once, one finds that its secret is not the current one.
             found = await session.exec(
                 update(ApiKey)
-                .where(col(ApiKey.key_id) == key_id, col(ApiKey.verifier) == current, col(ApiKey.revoked_at).is_(None))
-                .values(verifier=new, previous_verifier=current, previous_valid_until=previous_valid_until)
+                .where(col(ApiKey.key_id) == key_id, col(ApiKey.verifier).in_(current), col(ApiKey.revoked_at).is_(None))
+                .values(
+                    verifier=new,
+                    pepper_id=pepper_id,
+                    previous_verifier=ApiKey.verifier,
+                    previous_pepper_id=ApiKey.pepper_id,
+                    previous_valid_until=previous_valid_until,
+                )
                 .returning(ApiKey)
             )
             return _stored_or_none(found.scalar_one_or_none())
+
+    async def store_anew(self, secret: LeftBehind) -> None:
+        verifier, its_id = _COLUMNS[secret.match]
+        async with self._transaction("UPDATE", "api_keys") as session:
+            # Compared and set in one statement: other replicas do the same, and the secret may have been replaced meanwhile.
+            await session.exec(
+                update(ApiKey)
+                .where(col(ApiKey.key_id) == secret.key_id, verifier == secret.old)
+                .values({verifier: secret.new, its_id: secret.pepper_id})
+            )
+
+    async def count_left(self, pepper_id: str, now: datetime) -> int:
+        async with self._transaction("SELECT", "api_keys") as session:
+            return (await session.exec(select(func.count()).select_from(ApiKey).where(*_is_left(pepper_id, now)))).one()
+
+    async def left(self, pepper_id: str, now: datetime, limit: int) -> list[tuple[str, str, datetime | None]]:
+        """Ids, names and last uses of the keys that `count_left` counts, those in use first."""
+        async with self._transaction("SELECT", "api_keys") as session:
+            query = (
+                select(ApiKey.key_id, ApiKey.name, KeyTotals.last_used_at)
+                .outerjoin(KeyTotals, col(KeyTotals.key_id) == col(ApiKey.key_id))
+                .where(*_is_left(pepper_id, now))
+                .order_by(col(KeyTotals.last_used_at).desc().nulls_last(), col(ApiKey.key_id))
+                .limit(limit)
+            )
+            return list(await session.exec(query))
 
     async def revoke(self, key_id: str, at: datetime) -> StoredKey | None:
         async with self._transaction("UPDATE", "api_keys") as session:
@@ -299,6 +345,24 @@ class PostgresCheck:
                 await connection.execute(text("SELECT 1"))
 
 
+_COLUMNS: Final = {
+    Match.CURRENT: (col(ApiKey.verifier), col(ApiKey.pepper_id)),
+    Match.PREVIOUS: (col(ApiKey.previous_verifier), col(ApiKey.previous_pepper_id)),
+}
+"""Where each of a key's secrets is, and the id of its pepper."""
+
+
+def _is_left(pepper_id: str, now: datetime) -> tuple[ColumnElement[bool], ...]:
+    return (
+        col(ApiKey.revoked_at).is_(None),
+        or_(col(ApiKey.expires_at).is_(None), col(ApiKey.expires_at) > now),
+        or_(
+            col(ApiKey.pepper_id).is_distinct_from(pepper_id),
+            and_(col(ApiKey.previous_valid_until) > now, col(ApiKey.previous_pepper_id).is_distinct_from(pepper_id)),
+        ),
+    )
+
+
 def _stored(row: ApiKey) -> StoredKey:
     return StoredKey(
         key_id=row.key_id,
@@ -312,6 +376,8 @@ def _stored(row: ApiKey) -> StoredKey:
         previous_valid_until=row.previous_valid_until,
         expires_at=row.expires_at,
         revoked_at=row.revoked_at,
+        pepper_id=row.pepper_id,
+        previous_pepper_id=row.previous_pepper_id,
     )
 
 

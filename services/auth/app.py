@@ -32,8 +32,9 @@ from services.auth import handlers, metrics
 from services.auth.adapters import BusAnnouncer, PostgresCheck, PostgresKeys, PostgresLedgers, engine_url, make_engine, watch_pool
 from services.auth.cache import Authenticator, KeyCache
 from services.auth.connections import BusConnections
-from services.auth.core import Caps, StoreRefusesError, StoreUnavailableError
+from services.auth.core import Caps, Peppers, StoreRefusesError, StoreUnavailableError
 from services.auth.door import Door
+from services.auth.exchange import Exchange
 from services.auth.handlers import Finisher, Keys, Policy, finished
 from services.auth.health import StoreHealth
 from services.auth.migrate import migrate
@@ -81,11 +82,12 @@ async def parts(bus: Bus, settings: AuthSettings) -> AsyncIterator[None]:
         )
         stack.push_async_callback(cache.close)
         metrics.CACHE_ENTRIES.set_function(cache.__len__)
-        pepper = settings.key_pepper.get_secret_value().encode()
-        authenticator = Authenticator(cache, clock, pepper)
+        peppers = peppers_of(settings)
+        exchange = Exchange(store, clock, peppers.current_id, health.is_up, cache.refresh) if peppers.is_exchanging else None
+        authenticator = Authenticator(cache, clock, peppers, exchange.leave if exchange is not None else None)
         announcer = BusAnnouncer(bus, cache, clock)
         bus.on_reconnect.append(announcer.reconnected)
-        use = Keys(store, authenticator, announcer, clock, pepper, _policy(settings))
+        use = Keys(store, authenticator, announcer, clock, peppers, _policy(settings))
         finisher = Finisher()
         stack.push_async_callback(finisher.close)
 
@@ -105,6 +107,9 @@ async def parts(bus: Bus, settings: AuthSettings) -> AsyncIterator[None]:
             max_in_flight=JOB_CALLS_IN_FLIGHT,
         )
         _register_calls(bus, use, finisher)
+        if exchange is not None:
+            exchanging = asyncio.create_task(exchange.run())
+            stack.push_async_callback(tasks.end, exchanging)
 
         watching = asyncio.create_task(health.watch(PostgresCheck(own_engine).check))
         stack.push_async_callback(tasks.end, watching)
@@ -142,6 +147,14 @@ async def _migrate_when_there(url: URL) -> None:
             await asyncio.sleep(START_RETRY_SECONDS)
         else:
             return
+
+
+def peppers_of(settings: AuthSettings) -> Peppers:
+    previous = settings.key_pepper_previous
+    return Peppers(
+        settings.key_pepper.get_secret_value().encode(),
+        previous.get_secret_value().encode() if previous is not None else None,
+    )
 
 
 def _door(bus: Bus, settings: AuthSettings, authenticator: Authenticator) -> Door | None:

@@ -13,7 +13,7 @@ from libs.common.clock import Clock
 from libs.common.contracts import Credential, Principal
 from libs.common.errors import ErrorCode, PortcullisError
 from services.auth import metrics
-from services.auth.core import Match, StoredKey, StoreUnavailableError, VerifiableKey, is_key_id, verifier_of
+from services.auth.core import LeftBehind, Match, Peppers, StoredKey, StoreUnavailableError, VerifiableKey, is_key_id
 
 Find = Callable[[Sequence[str]], Awaitable[dict[str, StoredKey]]]
 
@@ -103,9 +103,14 @@ class KeyCache:
         if age <= self._ttl:
             metrics.HIT.inc()
             if age > self._refresh_after:
-                self._refresh(key_id)
+                self.refresh(key_id)
             return entry.key
         return await self._get_old(entry, key_id, age)
+
+    def refresh(self, key_id: str) -> None:
+        """Read a key anew in the background; until then, what is known of it is good."""
+        if key_id not in self._flights and not self._recently_failed():
+            self._begin(key_id)
 
     def forget(self, key_id: str) -> None:
         self._known.pop(key_id, None)
@@ -143,7 +148,7 @@ class KeyCache:
         usable = age <= STALE_SECONDS
         if usable and (not self._is_up() or self._recently_failed()):
             metrics.STALE.inc()
-            self._refresh(key_id)
+            self.refresh(key_id)
             return entry.key
         try:
             return await self._read(key_id, PATIENCE_SECONDS if usable else LOOKUP_TIMEOUT_SECONDS)
@@ -155,10 +160,6 @@ class KeyCache:
 
     def _recently_failed(self) -> bool:
         return self._clock.monotonic() - self._failed_at < RETRY_PAUSE_SECONDS
-
-    def _refresh(self, key_id: str) -> None:
-        if key_id not in self._flights and not self._recently_failed():
-            self._begin(key_id)
 
     async def _read(self, key_id: str, timeout_seconds: float) -> VerifiableKey | None:
         with tracing.span("look up key"):
@@ -226,27 +227,36 @@ class KeyCache:
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who calls, and with which of the key's secrets. `valid_until`: the end of that, epoch s."""
+    """Who calls, and with which of the key's secrets. `valid_until`: the end of that, epoch s.
+
+    `verifiers`: of the secret that was presented, under each pepper.
+    """
 
     principal: Principal
     match: Match
-    verifier: bytes = field(repr=False)
+    verifiers: tuple[bytes, ...] = field(repr=False)
     valid_until: float = math.inf
 
 
 class Authenticator:
-    """From a credential to a caller."""
+    """From a credential to a caller.
 
-    def __init__(self, cache: KeyCache, clock: Clock, pepper: bytes) -> None:
+    `leave`: what is done with a secret that is not under the current pepper. It must not take any time; nobody waits for it.
+    """
+
+    def __init__(
+        self, cache: KeyCache, clock: Clock, peppers: Peppers, leave: Callable[[LeftBehind], None] | None = None
+    ) -> None:
         self._cache = cache
         self._clock = clock
-        self._pepper = pepper
+        self._peppers = peppers
+        self._leave = leave
 
     async def authenticate(self, credential: Credential) -> Caller:
         """Raises `PortcullisError` INVALID_CREDENTIALS (malformed, unknown, revoked, expired: one and the same), or
         `StoreUnavailableError`.
         """
-        presented = verifier_of(self._pepper, credential.digest)
+        presented = self._peppers.verifiers(credential.digest)
         for max_age_seconds in (None, RECHECK_SECONDS):
             # A secret that does not fit what is cached may be one that was issued a moment ago.
             key = await self._cache.get(credential.key_id, max_age_seconds=max_age_seconds)
@@ -254,6 +264,10 @@ class Authenticator:
                 break
             if (match := key.match(presented, self._clock.now())) is not None:
                 tracing.annotate("portcullis.key_id", credential.key_id)
+                if self._leave is not None:
+                    left = key.left_behind(match, presented, self._peppers.current_id)
+                    if left is not None:
+                        self._leave(left)
                 return Caller(key.principal, match, presented, key.valid_until(match))
             if key.revoked:
                 break

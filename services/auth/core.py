@@ -6,7 +6,7 @@ import hmac
 import math
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, timedelta
 from enum import Enum
@@ -43,7 +43,10 @@ class StoreRefusesError(StoreUnavailableError):
 
 @dataclass(frozen=True, slots=True)
 class StoredKey:
-    """A row of `api_keys`. Verifiers are HMACs (32 bytes); all times are aware, in UTC."""
+    """A row of `api_keys`. Verifiers are HMACs (32 bytes); all times are aware, in UTC.
+
+    `pepper_id` and `previous_pepper_id`: of the pepper under which each verifier is, as far as is known.
+    """
 
     key_id: str
     name: str
@@ -56,6 +59,8 @@ class StoredKey:
     previous_valid_until: datetime | None = None
     expires_at: datetime | None = None
     revoked_at: datetime | None = None
+    pepper_id: str | None = None
+    previous_pepper_id: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,15 +99,59 @@ def verifier_of(pepper: bytes, digest: str) -> bytes:
     return hmac.digest(pepper, digest.encode(), "sha256")
 
 
+def pepper_id(pepper: bytes) -> str:
+    """Tells peppers from one another, 8 hex digits: stored beside what is under a pepper, it shows what is not yet exchanged.
+
+    An HMAC, of which 32 bits are kept: a pepper that was drawn at random cannot be had from it.
+    """
+    return hmac.digest(pepper, b"portcullis pepper id", "sha256")[:4].hex()
+
+
+class Peppers:
+    """The secrets under which keys are stored. New ones are under the current one; while it is exchanged, others may still be
+    under the previous one.
+    """
+
+    def __init__(self, current: bytes, previous: bytes | None = None) -> None:
+        self._all = (current,) if previous is None else (current, previous)
+        self.current_id = pepper_id(current)
+
+    @property
+    def is_exchanging(self) -> bool:
+        return len(self._all) > 1
+
+    def verifier(self, digest: str) -> bytes:
+        """Under the current pepper: what is to be stored."""
+        return verifier_of(self._all[0], digest)
+
+    def verifiers(self, digest: str) -> tuple[bytes, ...]:
+        """Under each of them, the current one first: what may be stored."""
+        return tuple([verifier_of(pepper, digest) for pepper in self._all])
+
+
+@dataclass(frozen=True, slots=True)
+class LeftBehind:
+    """A secret that is stored under another pepper than the current one, or is not known to be under that: `old`. The same
+    secret under the current pepper: `new`.
+    """
+
+    key_id: str
+    match: Match
+    old: bytes = field(repr=False)
+    new: bytes = field(repr=False)
+    pepper_id: str
+
+
 class VerifiableKey:
     """A stored key made ready for the request's path: the answer is built once, the times are plain numbers."""
 
-    __slots__ = ("_expires", "_previous", "_previous_until", "_verifier", "principal", "revoked")
+    __slots__ = ("_expires", "_pepper_ids", "_previous", "_previous_until", "_verifier", "principal", "revoked")
 
     def __init__(self, key: StoredKey) -> None:
         self.principal = Principal(key_id=key.key_id, scopes=key.scopes, limit_minute=key.limit_minute, limit_day=key.limit_day)
         self._verifier = key.verifier
         self._previous = key.previous_verifier
+        self._pepper_ids = (key.pepper_id, key.previous_pepper_id)
         self._previous_until = key.previous_valid_until.timestamp() if key.previous_valid_until else -math.inf
         self._expires = key.expires_at.timestamp() if key.expires_at else math.inf
         self.revoked = key.revoked_at is not None
@@ -111,19 +160,37 @@ class VerifiableKey:
         """Neither revoked nor expired at `now` (epoch s)."""
         return not self.revoked and now < self._expires
 
-    def match(self, presented: bytes, now: float) -> Match | None:
-        """Which secret `presented` (a verifier) is; None when it is neither, or when the key is not valid at `now` (epoch s)."""
+    def match(self, presented: Sequence[bytes], now: float) -> Match | None:
+        """Which secret `presented` (its verifier under each pepper) is.
+
+        None when it is neither, or when the key is not valid at `now` (epoch s).
+        """
         if not self.is_valid(now):
             return None
-        if hmac.compare_digest(presented, self._verifier):
+        if _fits(presented, self._verifier):
             return Match.CURRENT
-        if self._previous is not None and hmac.compare_digest(presented, self._previous) and now < self._previous_until:
+        if self._previous is not None and _fits(presented, self._previous) and now < self._previous_until:
             return Match.PREVIOUS
         return None
+
+    def left_behind(self, match: Match, presented: Sequence[bytes], current_id: str) -> LeftBehind | None:
+        """What is to be stored anew of the secret that was presented and found to be `match`; None: it is where it belongs.
+
+        What counts is the verifier. The id beside it may be unknown.
+        """
+        old, its_id = (self._verifier, self._pepper_ids[0]) if match is Match.CURRENT else (self._previous, self._pepper_ids[1])
+        if old is None or (its_id == current_id and old == presented[0]):
+            return None
+        return LeftBehind(self.principal.key_id, match, old, presented[0], current_id)
 
     def valid_until(self, match: Match) -> float:
         """When this secret stops working, epoch s; infinity if it has no end."""
         return min(self._expires, self._previous_until) if match is Match.PREVIOUS else self._expires
+
+
+def _fits(presented: Sequence[bytes], stored: bytes) -> bool:
+    """Whether it is stored under one of the peppers. All are compared, each in constant time."""
+    return True in [hmac.compare_digest(verifier, stored) for verifier in presented]
 
 
 def is_key_id(value: str) -> bool:

@@ -41,7 +41,7 @@ from libs.common.errors import ErrorCode, PortcullisError
 from libs.common.stages import Answer, Forward
 from services.auth import core
 from services.auth.cache import Authenticator, Caller, KeyCache
-from services.auth.core import Caps, Fields, KeyChanges, Match, StoredKey, Usage, utc
+from services.auth.core import Caps, Fields, KeyChanges, Match, Peppers, StoredKey, Usage, utc
 from services.auth.door import Door
 from services.auth.ports import KeyAnnouncer, KeyStore
 
@@ -93,7 +93,7 @@ class Keys:
     authenticator: Authenticator
     announcer: KeyAnnouncer
     clock: Clock
-    pepper: bytes
+    peppers: Peppers
     policy: Policy
 
     def now(self) -> datetime:
@@ -172,8 +172,9 @@ async def rotate(message: AccountRequest, _: RequestContext, use: Keys) -> Forwa
     valid_until = use.now() + use.policy.rotate_grace
     stored = await use.store.replace_secret(
         key_id,
-        current=caller.verifier,
-        new=core.verifier_of(use.pepper, keys.digest(api_key)),
+        current=caller.verifiers,
+        new=use.peppers.verifier(keys.digest(api_key)),
+        pepper_id=use.peppers.current_id,
         previous_valid_until=valid_until,
     )
     await use.announcer.changed(key_id)
@@ -313,7 +314,8 @@ async def _issue(
         limit_day=per_day,
         created_at=use.now(),
         expires_at=expires_at,
-        verifier=core.verifier_of(use.pepper, keys.digest(api_key)),
+        verifier=use.peppers.verifier(keys.digest(api_key)),
+        pepper_id=use.peppers.current_id,
     )
     await use.store.add(stored)
     return IssuedKey(api_key=api_key, record=core.record_of(stored, Usage()))

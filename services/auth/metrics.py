@@ -11,6 +11,10 @@ CACHE_LOOKUPS = Counter(
 )
 HIT, UNKNOWN, READ, STALE = (CACHE_LOOKUPS.labels(outcome) for outcome in ("hit", "unknown", "read", "stale"))
 CACHE_ENTRIES = Gauge("portcullis_auth_cache_entries", "Keys that this process knows, or knows not to exist.")
+KEYS_UNDER_PREVIOUS_PEPPER = Gauge(
+    "portcullis_auth_keys_under_previous_pepper",
+    "While the pepper is exchanged: valid keys not known to be under the current one. NaN: not counted yet.",
+)
 POSTGRES_DURATION = Histogram(
     "portcullis_postgres_statement_duration_seconds",
     "Time that PostgreSQL took for a statement that succeeded.",

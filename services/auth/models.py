@@ -26,6 +26,8 @@ class ApiKey(SQLModel, table=True):
     verifier: bytes = Field(sa_column=Column(LargeBinary, nullable=False))
     previous_verifier: bytes | None = Field(default=None, sa_column=Column(LargeBinary))
     previous_valid_until: datetime | None = Field(default=None, sa_column=Column(DateTime(timezone=True)))
+    pepper_id: str | None = Field(default=None, sa_column=Column(String(8)))
+    previous_pepper_id: str | None = Field(default=None, sa_column=Column(String(8)))
 
 
 class KeyTotals(SQLModel, table=True):

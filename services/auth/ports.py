@@ -7,7 +7,7 @@ from contextlib import AbstractAsyncContextManager
 from datetime import date, datetime
 from typing import Protocol
 
-from services.auth.core import KeyChanges, Position, StoredKey, StreamState, Usage, UsageBatch
+from services.auth.core import KeyChanges, LeftBehind, Position, StoredKey, StreamState, Usage, UsageBatch
 
 
 class KeyStore(Protocol):
@@ -20,9 +20,20 @@ class KeyStore(Protocol):
     async def add(self, key: StoredKey) -> None: ...
 
     async def replace_secret(
-        self, key_id: str, *, current: bytes, new: bytes, previous_valid_until: datetime
+        self, key_id: str, *, current: Sequence[bytes], new: bytes, pepper_id: str, previous_valid_until: datetime
     ) -> StoredKey | None:
-        """Make `new` the verifier and keep `current` as the previous one; None when `current` is not the verifier any more."""
+        """Make `new` (under the pepper `pepper_id`) the verifier and keep the present one as the previous one.
+
+        None when the present one is not one of `current` any more.
+        """
+        ...
+
+    async def store_anew(self, secret: LeftBehind) -> None:
+        """Put a secret under the current pepper, if it is still stored as `secret.old`. The secret itself stays what it is."""
+        ...
+
+    async def count_left(self, pepper_id: str, now: datetime) -> int:
+        """How many keys are valid at `now`, and have a valid secret that is not known to be under the pepper `pepper_id`."""
         ...
 
     async def revoke(self, key_id: str, at: datetime) -> StoredKey | None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, SecretStr
+from pydantic import Field, SecretStr, field_validator, model_validator
 
 from libs.common.settings import CommonSettings
 
@@ -17,7 +17,10 @@ class AuthSettings(CommonSettings):
     database_pool_size: Annotated[int, Field(ge=1, le=100)] = 5
     """Connections of one replica for requests; two more serve its health check and the usage counts."""
     key_pepper: Annotated[SecretStr, Field(min_length=16)]
-    """Keys are stored as HMACs under this secret. With another pepper every issued key is refused."""
+    """Keys are stored as HMACs under this secret. Under another pepper every issued key is refused, unless it is exchanged."""
+    key_pepper_previous: Annotated[SecretStr, Field(min_length=16)] | None = None
+    """While the pepper is exchanged, the other one: a key that is stored under it works, and is stored under the current one
+    when it is used. Empty is as unset."""
     admin_token: Annotated[SecretStr, Field(min_length=16)] | None = None
     """Without one, only keys with the scope `admin` may administer."""
     registration: Literal["open", "admin"] = "admin"
@@ -40,3 +43,17 @@ class AuthSettings(CommonSettings):
     """Bound of the USAGE stream, used only when the stream does not exist yet; about 2.5 million events."""
     usage_retention_days: Annotated[int, Field(ge=31)] = 400
     """Daily counts older than this are deleted; totals are kept."""
+
+    @field_validator("key_pepper_previous", mode="before")
+    @classmethod
+    def _may_be_empty(cls, pepper: object) -> object:
+        return pepper or None  # a file that is mounted is there even when there is nothing to say
+
+    @model_validator(mode="after")
+    def _peppers_differ(self) -> Self:
+        if self.key_pepper_previous == self.key_pepper:
+            raise ValueError(
+                "PORTCULLIS_KEY_PEPPER_PREVIOUS is the same as PORTCULLIS_KEY_PEPPER; set it to the other pepper of an exchange, "
+                "or not at all"
+            )
+        return self

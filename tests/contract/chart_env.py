@@ -23,7 +23,7 @@ EVERY_SERVICE = frozenset(
 """What the chart sets itself, from values and Secrets of their own."""
 OWN = {
     "edge": ("EDGE_HOST", "EDGE_PORT", "ALLOWED_HOSTS", "CONSOLE_URL"),
-    "auth": ("DATABASE_URL", "KEY_PEPPER", "ADMIN_TOKEN", "NATS_ISSUER_SEED"),
+    "auth": ("DATABASE_URL", "KEY_PEPPER", "KEY_PEPPER_PREVIOUS", "ADMIN_TOKEN", "NATS_ISSUER_SEED"),
     "limiter": ("REDIS_URL",),
     "detector_proxy": ("ENGINE_TOKEN",),
     "fallback_model": ("MODEL_BULK_ONLY",),

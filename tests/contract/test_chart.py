@@ -43,7 +43,11 @@ COMPONENTS = {service.replace("_", "-"): service for service in SERVICES}
 
 Manifest = dict[str, Any]
 
-OPTIONAL_SECRETS = {"natsIssuerSeed": {"name": "issuer", "key": "seed"}, "engineToken": {"name": "engine", "key": "token"}}
+OPTIONAL_SECRETS = {
+    "natsIssuerSeed": {"name": "issuer", "key": "seed"},
+    "engineToken": {"name": "engine", "key": "token"},
+    "keyPepperPrevious": {"name": "portcullis-auth-2", "key": "pepper"},
+}
 ENGINE = {"PORTCULLIS_ENGINE_KIND": "detect", "PORTCULLIS_ENGINE_URL": "http://engine.models:9000"}
 VALUES: dict[str, dict[str, Any]] = {
     "defaults": {},
@@ -324,7 +328,7 @@ def test_each_pod_is_told_what_its_service_accepts(rendered: dict[str, list[Mani
     for name in VALUES:
         for component, pod in pods(rendered[name]).items():
             for variable in environment(pod).values():
-                secret = given.get(variable["name"], "long-enough-a-secret")
+                secret = given.get(variable["name"], f"long-enough-a-secret-for-{variable['name']}")
                 monkeypatch.setenv(variable["name"], variable.get("value", secret))
             if name == BOTH_WAYS:
                 monkeypatch.setenv("PORTCULLIS_NATS_TLS_CA", certifi.where())  # where the volume is, in a pod

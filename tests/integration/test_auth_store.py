@@ -6,7 +6,7 @@ import asyncio
 import os
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime, timedelta
@@ -18,7 +18,7 @@ from alembic.script import ScriptDirectory
 from infra.embedded.servers import Server
 from libs.common.contracts import DayUsage, UsageRecorded
 from services.auth.adapters import PostgresKeys, PostgresLedgers, engine_url, make_engine
-from services.auth.core import KeyChanges, Position, StoreUnavailableError, Usage, add_up
+from services.auth.core import KeyChanges, LeftBehind, Match, Position, StoredKey, StoreUnavailableError, Usage, add_up
 from services.auth.migrate import HEAD, SCRIPTS, migrate
 from services.auth.ports import KeyStore, PositionMovedError, UsageLedgers
 from tests.integration.auth_kit import connect, new_database
@@ -70,12 +70,67 @@ async def test_a_key_is_found_as_it_was_added(stores: Stores) -> None:
 async def test_a_secret_is_replaced_only_if_it_is_still_the_current_one(stores: Stores) -> None:
     _, key = new_key()
     await stores.keys.add(key)
-    replaced = await stores.keys.replace_secret(key.key_id, current=key.verifier, new=b"n" * 32, previous_valid_until=AT)
-    assert replaced == replace(key, verifier=b"n" * 32, previous_verifier=key.verifier, previous_valid_until=AT)
-    assert await stores.keys.replace_secret(key.key_id, current=key.verifier, new=b"m" * 32, previous_valid_until=AT) is None
-    assert (await stores.keys.find([key.key_id]))[key.key_id] == replaced
+
+    async def replaced(current: Sequence[bytes], new: bytes) -> StoredKey | None:
+        return await stores.keys.replace_secret(
+            key.key_id, current=current, new=new, pepper_id="newer id", previous_valid_until=AT
+        )
+
+    other = b"under the other pepper".ljust(32)
+    once = await replaced([other, key.verifier], b"n" * 32)
+    assert once == replace(
+        key,
+        verifier=b"n" * 32,
+        pepper_id="newer id",
+        previous_verifier=key.verifier,
+        previous_pepper_id=key.pepper_id,
+        previous_valid_until=AT,
+    )
+    assert await replaced([other, key.verifier], b"m" * 32) is None
+    assert (await stores.keys.find([key.key_id]))[key.key_id] == once
     await stores.keys.revoke(key.key_id, AT)
-    assert await stores.keys.replace_secret(key.key_id, current=b"n" * 32, new=b"m" * 32, previous_valid_until=AT) is None
+    assert await replaced([b"n" * 32], b"m" * 32) is None
+
+
+async def test_a_secret_is_stored_anew_only_where_it_still_is(stores: Stores) -> None:
+    _, key = new_key(pepper_id=None)
+    await stores.keys.add(key)
+    await stores.keys.store_anew(LeftBehind(key.key_id, Match.CURRENT, b"other".ljust(32), b"n" * 32, "newer id"))
+    await stores.keys.store_anew(LeftBehind(key.key_id, Match.PREVIOUS, key.verifier, b"n" * 32, "newer id"))
+    assert (await stores.keys.find([key.key_id]))[key.key_id] == key
+    both = [LeftBehind(key.key_id, Match.CURRENT, key.verifier, b"n" * 32, "newer id")] * 2
+    await asyncio.gather(*(stores.keys.store_anew(each) for each in both))  # as two replicas do
+    anew = replace(key, verifier=b"n" * 32, pepper_id="newer id")
+    assert (await stores.keys.find([key.key_id]))[key.key_id] == anew
+    rotated = await stores.keys.replace_secret(
+        key.key_id, current=[b"n" * 32], new=b"m" * 32, pepper_id="newer id", previous_valid_until=AT
+    )
+    assert rotated is not None
+    await stores.keys.store_anew(LeftBehind(key.key_id, Match.CURRENT, b"n" * 32, b"o" * 32, "last one"))
+    await stores.keys.store_anew(LeftBehind(key.key_id, Match.PREVIOUS, b"n" * 32, b"o" * 32, "last one"))
+    found = (await stores.keys.find([key.key_id]))[key.key_id]
+    assert found == replace(rotated, previous_verifier=b"o" * 32, previous_pepper_id="last one")
+
+
+async def test_the_keys_that_are_left_are_those_that_somebody_may_still_use(stores: Stores) -> None:
+    ids = {"here": "the  one", "there": "the next", "unknown": None}
+    for pepper_id in ids.values():
+        for changes in ({}, {"expires_at": AT}, {"expires_at": AT + timedelta(seconds=1)}):
+            await stores.keys.add(new_key(pepper_id=pepper_id, **changes)[1])
+        _, revoked = new_key(pepper_id=pepper_id)
+        await stores.keys.add(revoked)
+        await stores.keys.revoke(revoked.key_id, AT)
+    assert await stores.keys.count_left("the  one", AT) == 4
+    assert await stores.keys.count_left("the  one", AT - timedelta(seconds=1)) == 6
+    assert await stores.keys.count_left("neither!", AT) == 6
+    _, rotated = new_key(pepper_id="the next")
+    await stores.keys.add(rotated)
+    await stores.keys.replace_secret(
+        rotated.key_id, current=[rotated.verifier], new=b"n" * 32, pepper_id="the  one", previous_valid_until=AT
+    )
+    # The secret that was replaced counts as long as it works.
+    assert await stores.keys.count_left("the  one", AT) == 4
+    assert await stores.keys.count_left("the  one", AT - timedelta(seconds=1)) == 7
 
 
 async def test_of_many_rotations_at_once_one_wins(stores: Stores) -> None:
@@ -83,7 +138,9 @@ async def test_of_many_rotations_at_once_one_wins(stores: Stores) -> None:
     await stores.keys.add(key)
     outcomes = await asyncio.gather(
         *(
-            stores.keys.replace_secret(key.key_id, current=key.verifier, new=bytes([n]) * 32, previous_valid_until=AT)
+            stores.keys.replace_secret(
+                key.key_id, current=[key.verifier], new=bytes([n]) * 32, pepper_id="newer id", previous_valid_until=AT
+            )
             for n in range(8)
         )
     )
@@ -244,6 +301,42 @@ def test_the_newest_revision_is_the_one_we_ask_for() -> None:
     config = Config()
     config.set_main_option("script_location", str(SCRIPTS))
     assert ScriptDirectory.from_config(config).get_heads() == [HEAD]
+
+
+async def test_a_newer_schema_is_left_to_the_next_release(postgres_server: Server) -> None:
+    async with new_database(postgres_server) as text:
+        await migrate(engine_url(text))
+        connection = await connect(text)
+        newer = f"{int(HEAD) + 1:04}"
+        await connection.execute("UPDATE alembic_version SET version_num = $1", newer)
+        await migrate(engine_url(text))
+        assert await connection.fetchval("SELECT version_num FROM alembic_version") == newer
+        await connection.close()
+
+
+async def test_a_migration_does_not_keep_readers_waiting(postgres_server: Server) -> None:
+    """Behind a dump, say: it gives up, to be tried again, and what it has kept waiting goes on."""
+    async with new_database(postgres_server) as text:
+        await _to_revision(text, "0001")
+        reader, other = await connect(text), await connect(text)
+        transaction = reader.transaction()
+        await transaction.start()
+        await reader.fetch("SELECT * FROM api_keys")
+        migration = asyncio.create_task(migrate(engine_url(text)))
+        with pytest.raises(StoreUnavailableError):
+            await asyncio.wait_for(migration, 20)
+        assert await other.fetch("SELECT * FROM api_keys") == []
+        await transaction.rollback()
+        await migrate(engine_url(text))
+        assert await other.fetchval("SELECT version_num FROM alembic_version") == HEAD
+        for connection in (reader, other):
+            await connection.close()
+
+
+async def _to_revision(url: str, revision: str) -> None:
+    alembic = [sys.executable, "-m", "alembic", "-c", "services/auth/alembic.ini", "upgrade", revision]
+    environment = {**os.environ, "PORTCULLIS_DATABASE_URL": url}
+    await asyncio.to_thread(subprocess.run, alembic, env=environment, check=True, capture_output=True)
 
 
 async def test_replicas_migrate_an_empty_database_at_once(postgres_server: Server) -> None:

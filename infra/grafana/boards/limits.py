@@ -134,6 +134,12 @@ def dashboard() -> Dashboard:
                         unit="short",
                     ),
                     lines(
+                        "Keys under the previous pepper",
+                        "While it is exchanged, when every auth has the new one as the current one. At 0 it can be removed.",
+                        ("max(portcullis_auth_keys_under_previous_pepper)", "keys"),
+                        unit="short",
+                    ),
+                    lines(
                         "Usage events",
                         "sent by the proxy; read and counted by auth.",
                         (rate("portcullis_usage_events_total", "outcome"), "sent: {{outcome}}"),

@@ -12,6 +12,9 @@ from libs.common import keys
 from libs.common.contracts import Credential, DayUsage
 from services.auth.core import (
     KeyChanges,
+    LeftBehind,
+    Match,
+    Peppers,
     Position,
     StoredKey,
     StoreUnavailableError,
@@ -19,11 +22,11 @@ from services.auth.core import (
     Tally,
     Usage,
     UsageBatch,
-    verifier_of,
 )
 from services.auth.ports import PositionMovedError, StreamError, UsageReader
 
 PEPPER = b"a-pepper-for-the-tests"
+PEPPERS = Peppers(PEPPER)
 CREATED = datetime(2026, 1, 2, 3, 4, 5, 678000, tzinfo=UTC)
 
 
@@ -44,7 +47,8 @@ def new_key(**changes: object) -> tuple[str, StoredKey]:
         limit_minute=60,
         limit_day=10_000,
         created_at=CREATED,
-        verifier=verifier_of(PEPPER, credential.digest),
+        verifier=PEPPERS.verifier(credential.digest),
+        pepper_id=PEPPERS.current_id,
     )
     return api_key, replace(stored, **changes)  # type: ignore[arg-type]  # fields by name, in tests only
 
@@ -78,14 +82,40 @@ class MemoryKeys:
         self.rows[key.key_id] = key
 
     async def replace_secret(
-        self, key_id: str, *, current: bytes, new: bytes, previous_valid_until: datetime
+        self, key_id: str, *, current: Sequence[bytes], new: bytes, pepper_id: str, previous_valid_until: datetime
     ) -> StoredKey | None:
         await self._ask()
         row = self.rows.get(key_id)
-        if row is None or row.verifier != current or row.revoked_at is not None:
+        if row is None or row.verifier not in current or row.revoked_at is not None:
             return None
-        self.rows[key_id] = replace(row, verifier=new, previous_verifier=current, previous_valid_until=previous_valid_until)
+        self.rows[key_id] = replace(
+            row,
+            verifier=new,
+            pepper_id=pepper_id,
+            previous_verifier=row.verifier,
+            previous_pepper_id=row.pepper_id,
+            previous_valid_until=previous_valid_until,
+        )
         return self.rows[key_id]
+
+    async def store_anew(self, secret: LeftBehind) -> None:
+        await self._ask()
+        row = self.rows.get(secret.key_id)
+        if row is None:
+            return
+        if secret.match is Match.CURRENT and row.verifier == secret.old:
+            self.rows[secret.key_id] = replace(row, verifier=secret.new, pepper_id=secret.pepper_id)
+        if secret.match is Match.PREVIOUS and row.previous_verifier == secret.old:
+            self.rows[secret.key_id] = replace(row, previous_verifier=secret.new, previous_pepper_id=secret.pepper_id)
+
+    async def count_left(self, pepper_id: str, now: datetime) -> int:
+        await self._ask()
+        valid = [row for row in self.rows.values() if row.revoked_at is None and (row.expires_at is None or row.expires_at > now)]
+        return sum(
+            row.pepper_id != pepper_id
+            or (row.previous_valid_until is not None and row.previous_valid_until > now and row.previous_pepper_id != pepper_id)
+            for row in valid
+        )
 
     async def revoke(self, key_id: str, at: datetime) -> StoredKey | None:
         await self._ask()

@@ -13,7 +13,7 @@ from libs.common.errors import ErrorCode, PortcullisError
 from services.auth import cache as cache_module
 from services.auth.cache import Authenticator, KeyCache
 from services.auth.core import StoredKey, StoreUnavailableError, verifier_of
-from tests.unit.auth.fakes import CREATED, PEPPER, MemoryKeys, credential_of, new_key
+from tests.unit.auth.fakes import CREATED, PEPPER, PEPPERS, MemoryKeys, credential_of, new_key
 
 
 class Bench:
@@ -24,7 +24,7 @@ class Bench:
         self.store = MemoryKeys()
         self.up = True
         self.cache = KeyCache(self.store.find, self.clock, ttl_seconds=10.0, entries=entries, is_up=lambda: self.up)
-        self.authenticator = Authenticator(self.cache, self.clock, PEPPER)
+        self.authenticator = Authenticator(self.cache, self.clock, PEPPERS)
 
     def add(self, **changes: object) -> tuple[str, StoredKey]:
         api_key, stored = new_key(**changes)

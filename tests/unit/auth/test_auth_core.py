@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hmac
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -12,7 +15,18 @@ from libs.common import keys
 from libs.common.contracts import UsageRecorded
 from libs.common.errors import ErrorCode, PortcullisError
 from services.auth import core
-from services.auth.core import Caps, Fields, Match, Position, StreamState, VerifiableKey, verifier_of
+from services.auth.core import (
+    Caps,
+    Fields,
+    LeftBehind,
+    Match,
+    Peppers,
+    Position,
+    StreamState,
+    VerifiableKey,
+    pepper_id,
+    verifier_of,
+)
 from tests.unit.auth.fakes import CREATED, PEPPER, credential_of, new_key
 
 NOW = CREATED.timestamp()
@@ -92,9 +106,9 @@ def verifier(api_key: str) -> bytes:
 def test_only_the_right_secret_matches() -> None:
     api_key, stored = new_key()
     key = VerifiableKey(stored)
-    assert key.match(verifier(api_key), NOW) is Match.CURRENT
-    assert key.match(verifier(keys.generate(stored.key_id)), NOW) is None
-    assert key.match(verifier_of(b"another pepper", credential_of(api_key).digest), NOW) is None
+    assert key.match([verifier(api_key)], NOW) is Match.CURRENT
+    assert key.match([verifier(keys.generate(stored.key_id))], NOW) is None
+    assert key.match([verifier_of(b"another pepper", credential_of(api_key).digest)], NOW) is None
 
 
 def test_the_previous_secret_matches_until_its_end() -> None:
@@ -104,21 +118,97 @@ def test_the_previous_secret_matches_until_its_end() -> None:
         verifier=verifier(new), previous_verifier=old.verifier, previous_valid_until=CREATED + timedelta(seconds=10)
     )
     key = VerifiableKey(stored)
-    assert key.match(verifier(new), NOW) is Match.CURRENT
-    assert key.match(verifier(old_key), NOW + 9.999) is Match.PREVIOUS
-    assert key.match(verifier(old_key), NOW + 10) is None
+    assert key.match([verifier(new)], NOW) is Match.CURRENT
+    assert key.match([verifier(old_key)], NOW + 9.999) is Match.PREVIOUS
+    assert key.match([verifier(old_key)], NOW + 10) is None
+
+
+OTHER = b"the-other-pepper-of-an-exchange"
+
+
+def test_while_the_pepper_is_exchanged_a_secret_matches_under_both() -> None:
+    (old_key, _), (new, _) = new_key(), new_key()
+    for current, previous in ((PEPPER, OTHER), (OTHER, PEPPER), (OTHER, OTHER)):
+        _, stored = new_key(
+            verifier=verifier_of(current, credential_of(new).digest),
+            previous_verifier=verifier_of(previous, credential_of(old_key).digest),
+            previous_valid_until=CREATED + timedelta(seconds=10),
+        )
+        for peppers in (Peppers(PEPPER, OTHER), Peppers(OTHER, PEPPER)):
+            key = VerifiableKey(stored)
+            assert key.match(peppers.verifiers(credential_of(new).digest), NOW) is Match.CURRENT
+            assert key.match(peppers.verifiers(credential_of(old_key).digest), NOW) is Match.PREVIOUS
+            assert key.match(peppers.verifiers(credential_of(old_key).digest), NOW + 10) is None
+            assert key.match(peppers.verifiers(credential_of(keys.generate()).digest), NOW) is None
+        alone = Peppers(b"neither of the two").verifiers(credential_of(new).digest)
+        assert VerifiableKey(stored).match(alone, NOW) is None
+
+
+def test_a_revoked_key_matches_under_neither_pepper() -> None:
+    api_key, stored = new_key(revoked_at=CREATED)
+    for peppers in (Peppers(PEPPER, OTHER), Peppers(OTHER, PEPPER)):
+        assert VerifiableKey(stored).match(peppers.verifiers(credential_of(api_key).digest), NOW) is None
+
+
+def test_every_comparison_is_made_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared: list[tuple[bytes, bytes]] = []
+
+    def compare(one: bytes, other: bytes) -> bool:
+        compared.append((one, other))
+        return hmac.compare_digest(one, other)
+
+    monkeypatch.setattr(core, "hmac", SimpleNamespace(compare_digest=compare, digest=hmac.digest))
+    peppers = Peppers(OTHER, PEPPER)
+    api_key, stored = new_key()
+    for presented in (api_key, keys.generate(stored.key_id)):  # as many, whether it is found or not
+        compared.clear()
+        verifiers = peppers.verifiers(credential_of(presented).digest)
+        VerifiableKey(stored).match(verifiers, NOW)
+        assert compared == [(verifier, stored.verifier) for verifier in verifiers]
+
+
+def test_a_secret_is_left_behind_until_it_is_known_to_be_under_the_current_pepper() -> None:
+    api_key, stored = new_key()
+    peppers = Peppers(OTHER, PEPPER)
+    presented = peppers.verifiers(credential_of(api_key).digest)
+
+    def left(match: Match, **changes: object) -> LeftBehind | None:
+        return VerifiableKey(replace(stored, **changes)).left_behind(match, presented, peppers.current_id)  # type: ignore[arg-type]
+
+    expected = LeftBehind(stored.key_id, Match.CURRENT, stored.verifier, presented[0], pepper_id(OTHER))
+    assert left(Match.CURRENT) == expected
+    assert left(Match.CURRENT, pepper_id=None) == expected
+    # The id beside it is wrong: what counts is what is stored.
+    assert left(Match.CURRENT, pepper_id=pepper_id(OTHER)) == expected
+    # Stored under it, and not known to be.
+    assert left(Match.CURRENT, verifier=presented[0]) == replace(expected, old=presented[0])
+    assert left(Match.CURRENT, verifier=presented[0], pepper_id=pepper_id(OTHER)) is None
+    assert left(Match.PREVIOUS, previous_verifier=stored.verifier) == replace(expected, match=Match.PREVIOUS)
+    assert left(Match.PREVIOUS, previous_verifier=presented[0], previous_pepper_id=pepper_id(OTHER)) is None
+
+
+def test_peppers_are_not_shown_and_have_ids_of_their_own() -> None:
+    peppers = Peppers(PEPPER, OTHER)
+    assert peppers.is_exchanging
+    assert not Peppers(PEPPER).is_exchanging
+    assert pepper_id(PEPPER) == peppers.current_id != pepper_id(OTHER)
+    assert len(peppers.current_id) == 8
+    left = LeftBehind("A" * 12, Match.CURRENT, b"old verifier", b"new verifier", peppers.current_id)
+    for shown in (repr(peppers), repr(left)):
+        for secret in ("pepper-for", "other-pepper", "verifier"):
+            assert secret not in shown
 
 
 def test_an_expired_or_revoked_key_matches_nothing() -> None:
     api_key, stored = new_key(expires_at=CREATED + timedelta(seconds=1))
-    assert VerifiableKey(stored).match(verifier(api_key), NOW + 0.999) is Match.CURRENT
-    assert VerifiableKey(stored).match(verifier(api_key), NOW + 1) is None
+    assert VerifiableKey(stored).match([verifier(api_key)], NOW + 0.999) is Match.CURRENT
+    assert VerifiableKey(stored).match([verifier(api_key)], NOW + 1) is None
     old_key, old = new_key()
     api_key, stored = new_key(
         revoked_at=CREATED, previous_verifier=old.verifier, previous_valid_until=CREATED + timedelta(days=1)
     )
-    assert VerifiableKey(stored).match(verifier(api_key), NOW) is None
-    assert VerifiableKey(stored).match(verifier(old_key), NOW) is None
+    assert VerifiableKey(stored).match([verifier(api_key)], NOW) is None
+    assert VerifiableKey(stored).match([verifier(old_key)], NOW) is None
 
 
 def test_what_is_stored_is_neither_the_key_nor_its_digest() -> None:

@@ -20,7 +20,7 @@ from services.auth.cache import Authenticator, KeyCache
 from services.auth.core import StoredKey, utc
 from services.auth.door import Connection, ConnectionsUnavailableError, Door
 from services.auth.tokens import BadTokenError, ConnectRequest, Issuer
-from tests.unit.auth.fakes import PEPPER, MemoryKeys, new_key
+from tests.unit.auth.fakes import PEPPERS, MemoryKeys, new_key
 
 SEED = nkeys.encode_seed(os.urandom(32), nkeys.PREFIX_BYTE_ACCOUNT).decode()
 PAIR, STRANGER = nacl.signing.SigningKey.generate(), nacl.signing.SigningKey.generate()
@@ -98,7 +98,7 @@ class Servers:
 def make_door(*stored: StoredKey, most: int = 2) -> tuple[Door, Servers, MemoryKeys]:
     store, servers, clock = MemoryKeys(*stored), Servers(), SystemClock()
     cache = KeyCache(store.find, clock, ttl_seconds=10, entries=100, is_up=lambda: True)
-    return Door(ISSUER, Authenticator(cache, clock, PEPPER), servers, clock, most_connections=most), servers, store
+    return Door(ISSUER, Authenticator(cache, clock, PEPPERS), servers, clock, most_connections=most), servers, store
 
 
 GOOD = token(claims("secret"))

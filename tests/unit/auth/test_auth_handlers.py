@@ -43,7 +43,7 @@ from services.auth import handlers
 from services.auth.cache import Authenticator, KeyCache
 from services.auth.core import Caps, Usage
 from services.auth.handlers import Finisher, Keys, Policy
-from tests.unit.auth.fakes import CREATED, PEPPER, MemoryKeys, RecordingAnnouncer, credential_of
+from tests.unit.auth.fakes import CREATED, PEPPERS, MemoryKeys, RecordingAnnouncer, credential_of
 
 T = TypeVar("T")
 AccountHandler = Callable[[AccountRequest, RequestContext, Keys], Awaitable[Forward]]
@@ -58,7 +58,7 @@ class Bench:
         cache = KeyCache(self.store.find, self.clock, ttl_seconds=10.0, entries=100, is_up=lambda: True)
         self.announcer = RecordingAnnouncer(cache.forget)
         policy = Policy(True, Caps(1000, 100_000), timedelta(hours=1), keys.digest("the admin token"))
-        self.use = Keys(self.store, Authenticator(cache, self.clock, PEPPER), self.announcer, self.clock, PEPPER, policy)
+        self.use = Keys(self.store, Authenticator(cache, self.clock, PEPPERS), self.announcer, self.clock, PEPPERS, policy)
 
     def policy(self, **changes: Any) -> Keys:
         return replace(self.use, policy=replace(self.use.policy, **changes))

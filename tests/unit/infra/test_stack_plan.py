@@ -58,7 +58,8 @@ def test_external_servers_are_named_without_their_credentials() -> None:
 
 def test_each_service_has_only_the_secrets_that_it_needs(home: Home) -> None:
     engine = {"PORTCULLIS_ENGINE_URL": "http://engine.example", "PORTCULLIS_ENGINE_API_KEY": "engine-secret"}
-    found = environments(plan(home, engine | {"PORTCULLIS_LOG_LEVEL": "WARNING"}))
+    exchange = {"PORTCULLIS_KEY_PEPPER_PREVIOUS": "the pepper until now"}
+    found = environments(plan(home, engine | exchange | {"PORTCULLIS_LOG_LEVEL": "WARNING"}))
     holders = {
         variable: {name for name, one in found.items() if variable in one}
         for variable in (*stack.ONLY_FOR, *engine, "PORTCULLIS_LOG_LEVEL")
@@ -66,6 +67,7 @@ def test_each_service_has_only_the_secrets_that_it_needs(home: Home) -> None:
     assert holders == {
         "PORTCULLIS_DATABASE_URL": {"auth"},
         "PORTCULLIS_KEY_PEPPER": {"auth"},
+        "PORTCULLIS_KEY_PEPPER_PREVIOUS": {"auth"},
         "PORTCULLIS_ADMIN_TOKEN": {"auth", "console"},
         "PORTCULLIS_NATS_ISSUER_SEED": {"auth"},
         "PORTCULLIS_REDIS_URL": {"limiter"},
@@ -81,6 +83,15 @@ def test_secrets_stay_the_same_and_can_be_set_from_outside(home: Home) -> None:
     first, second = plan(home, NO_SERVERS), plan(home, NO_SERVERS | {"PORTCULLIS_ADMIN_TOKEN": "my own"})
     assert environments(first)["auth"]["PORTCULLIS_KEY_PEPPER"] == environments(second)["auth"]["PORTCULLIS_KEY_PEPPER"]
     assert environments(second)["auth"]["PORTCULLIS_ADMIN_TOKEN"] == "my own"
+
+
+def test_the_pepper_is_exchanged_when_another_one_is_beside_it(home: Home) -> None:
+    assert "PORTCULLIS_KEY_PEPPER_PREVIOUS" not in environments(plan(home, NO_SERVERS))["auth"]
+    kept = home.path / "secrets" / "key-pepper"
+    old = kept.read_text().strip()
+    kept.rename(kept.with_name("key-pepper-previous"))
+    auth = environments(plan(home, NO_SERVERS))["auth"]
+    assert auth["PORTCULLIS_KEY_PEPPER_PREVIOUS"] == old != auth["PORTCULLIS_KEY_PEPPER"]
 
 
 @pytest.mark.parametrize(

@@ -122,6 +122,9 @@ http://{{ include "portcullis.fullname" . }}-console:4318
 {{- else if eq $service "auth" }}
 {{ include "portcullis.secretEnv" (list "PORTCULLIS_DATABASE_URL" $secrets.database) }}
 {{ include "portcullis.secretEnv" (list "PORTCULLIS_KEY_PEPPER" $secrets.keyPepper) }}
+{{- if $secrets.keyPepperPrevious.name }}
+{{ include "portcullis.secretEnv" (list "PORTCULLIS_KEY_PEPPER_PREVIOUS" $secrets.keyPepperPrevious) }}
+{{- end }}
 {{- if $secrets.natsIssuerSeed.name }}
 {{ include "portcullis.secretEnv" (list "PORTCULLIS_NATS_ISSUER_SEED" $secrets.natsIssuerSeed) }}
 {{- end }}
