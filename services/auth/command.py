@@ -46,4 +46,4 @@ async def show_left(settings: AuthSettings, out: TextIO) -> None:
         await engine.dispose()
     for key_id, name, used_at in found:
         out.write(f"{key_id}  {iso(used_at) if used_at is not None else 'never used':24}  {name}\n")
-    out.write(f"{count} keys are not known to be stored under PORTCULLIS_KEY_PEPPER\n")
+    out.write(f"keys not known to be stored under PORTCULLIS_KEY_PEPPER: {count}\n")

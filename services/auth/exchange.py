@@ -75,7 +75,7 @@ class Exchange:
     async def _count(self) -> None:
         left = await self._store.count_left(self._pepper_id, utc(self._clock.now()))
         if self._left is None or (left == 0) != (self._left == 0):
-            log.info("%d keys are not known to be stored under PORTCULLIS_KEY_PEPPER", left)
+            log.info("keys not known to be stored under PORTCULLIS_KEY_PEPPER: %d", left)
         self._left = left
         metrics.KEYS_UNDER_PREVIOUS_PEPPER.set(left)
 

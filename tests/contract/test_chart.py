@@ -338,6 +338,34 @@ def test_each_pod_is_told_what_its_service_accepts(rendered: dict[str, list[Mani
                 monkeypatch.delenv(variable["name"])
 
 
+OLD_PEPPER = {"name": "portcullis-auth", "key": "key-pepper"}
+NEW_PEPPER = {"name": "portcullis-auth-2", "key": "key-pepper"}
+
+
+@pytest.mark.parametrize(
+    ("secrets", "current", "previous"),
+    [
+        ({}, OLD_PEPPER, None),
+        ({"keyPepperPrevious": {"name": "portcullis-auth-2"}}, OLD_PEPPER, NEW_PEPPER),
+        (
+            {"keyPepper": {"name": "portcullis-auth-2"}, "keyPepperPrevious": {"name": "portcullis-auth"}},
+            NEW_PEPPER,
+            OLD_PEPPER,
+        ),
+        ({"keyPepper": {"name": "portcullis-auth-2"}, "keyPepperPrevious": {"name": ""}}, NEW_PEPPER, None),
+    ],
+)
+def test_the_pepper_is_exchanged_in_the_steps_of_the_manual(
+    run: Run, secrets: dict[str, Any], current: dict[str, str], previous: dict[str, str] | None
+) -> None:
+    rendered = run({"secrets": secrets})
+    assert rendered.returncode == 0, rendered.stderr
+    told = environment(pods([each for each in yaml.safe_load_all(rendered.stdout) if each])["auth"])
+    assert told["PORTCULLIS_KEY_PEPPER"]["valueFrom"]["secretKeyRef"] == current
+    found = told.get("PORTCULLIS_KEY_PEPPER_PREVIOUS")
+    assert (found["valueFrom"]["secretKeyRef"] if found is not None else None) == previous
+
+
 @pytest.mark.parametrize(("values", "suffix"), [("defaults", ""), ("everything", "-b")])
 def test_each_service_comes_to_nats_as_its_own_user(rendered: dict[str, list[Manifest]], values: str, suffix: str) -> None:
     for component, pod in pods(rendered[values]).items():

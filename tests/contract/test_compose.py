@@ -215,6 +215,17 @@ def test_secrets_are_made_once_and_only_their_owner_gets_at_them(folder: Path) -
     assert min(len(text.strip()) for text in passwords) >= 32
 
 
+def test_the_pepper_is_exchanged_as_the_manual_says(tmp_path: Path) -> None:
+    secrets.write(tmp_path)
+    old = (tmp_path / "key-pepper").read_text()
+    (tmp_path / "key-pepper").rename(tmp_path / "key-pepper-previous")
+    secrets.write(tmp_path)
+    assert (tmp_path / "key-pepper-previous").read_text() == old != (tmp_path / "key-pepper").read_text()
+    (tmp_path / "key-pepper-previous").unlink()
+    secrets.write(tmp_path)
+    assert (tmp_path / "key-pepper-previous").read_text().strip() == ""
+
+
 def test_the_folder_is_named_where_compose_looks_and_what_else_is_there_stays(tmp_path: Path) -> None:
     path = tmp_path / ".env"
     path.write_text("PORTCULLIS_EDGE_PORT=8001\nPORTCULLIS_SECRETS=/old\n")
