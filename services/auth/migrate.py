@@ -30,23 +30,23 @@ async def migrate(url: URL) -> None:
     try:
         with translated():
             async with engine.connect() as connection:
-                if (await connection.run_sync(_revision) or "") >= HEAD:
+                if not await connection.run_sync(_is_behind):
                     return
                 await connection.rollback()
             async with engine.begin() as connection:
                 # Whoever comes second waits here, and finds nothing left to do.
                 await connection.execute(select(func.pg_advisory_xact_lock(MIGRATION_LOCK)))
-                if (await connection.run_sync(_revision) or "") < HEAD:
+                if await connection.run_sync(_is_behind):
                     await connection.run_sync(_upgrade)
     finally:
         await asyncio.shield(engine.dispose())
 
 
-def _revision(connection: Connection) -> str | None:
+def _is_behind(connection: Connection) -> bool:
     if not connection.scalar(text("SELECT to_regclass('alembic_version')")):
-        return None
+        return True
     revision: str | None = connection.scalar(text("SELECT version_num FROM alembic_version"))
-    return revision
+    return revision is None or revision < HEAD
 
 
 def _upgrade(connection: Connection) -> None:

@@ -41,9 +41,9 @@ from libs.common.errors import ErrorCode, PortcullisError
 from libs.common.stages import Answer, Forward
 from services.auth import handlers
 from services.auth.cache import Authenticator, KeyCache
-from services.auth.core import Caps, Usage
+from services.auth.core import Caps, Peppers, Usage
 from services.auth.handlers import Finisher, Keys, Policy
-from tests.unit.auth.fakes import CREATED, PEPPERS, MemoryKeys, RecordingAnnouncer, credential_of
+from tests.unit.auth.fakes import CREATED, PEPPER, PEPPERS, MemoryKeys, RecordingAnnouncer, credential_of
 
 T = TypeVar("T")
 AccountHandler = Callable[[AccountRequest, RequestContext, Keys], Awaitable[Forward]]
@@ -55,10 +55,15 @@ class Bench:
     def __init__(self) -> None:
         self.clock = ManualClock(CREATED.timestamp())
         self.store = MemoryKeys()
-        cache = KeyCache(self.store.find, self.clock, ttl_seconds=10.0, entries=100, is_up=lambda: True)
-        self.announcer = RecordingAnnouncer(cache.forget)
+        self.cache = KeyCache(self.store.find, self.clock, ttl_seconds=10.0, entries=100, is_up=lambda: True)
+        self.announcer = RecordingAnnouncer(self.cache.forget)
         policy = Policy(True, Caps(1000, 100_000), timedelta(hours=1), keys.digest("the admin token"))
-        self.use = Keys(self.store, Authenticator(cache, self.clock, PEPPERS), self.announcer, self.clock, PEPPERS, policy)
+        self.use = Keys(self.store, Authenticator(self.cache, self.clock, PEPPERS), self.announcer, self.clock, PEPPERS, policy)
+
+    def exchange_pepper(self, *, ended: bool = False) -> None:
+        """As if started anew."""
+        peppers = Peppers(b"the-pepper-from-now-on", None if ended else PEPPER)
+        self.use = replace(self.use, peppers=peppers, authenticator=Authenticator(self.cache, self.clock, peppers))
 
     def policy(self, **changes: Any) -> Keys:
         return replace(self.use, policy=replace(self.use.policy, **changes))
@@ -193,6 +198,21 @@ async def test_rotation_keeps_the_old_secret_for_the_grace_period(bench: Bench) 
     bench.clock.advance(1)
     assert await refused(bench.detect(issued.api_key)) == ErrorCode.INVALID_CREDENTIALS
     await bench.detect(rotated.api_key)
+
+
+async def test_a_key_is_rotated_before_the_exchange_of_the_pepper_has_reached_it(bench: Bench) -> None:
+    issued = await bench.register()
+    before = bench.store.rows[issued.record.key_id]
+    bench.exchange_pepper()
+    rotated = await bench.rotate(issued.api_key)
+    stored = bench.store.rows[issued.record.key_id]
+    assert (stored.previous_verifier, stored.previous_pepper_id) == (before.verifier, before.pepper_id)
+    assert stored.pepper_id == bench.use.peppers.current_id != before.pepper_id
+    for api_key in (issued.api_key, rotated.api_key):
+        await bench.detect(api_key)
+    bench.exchange_pepper(ended=True)
+    await bench.detect(rotated.api_key)
+    assert await refused(bench.detect(issued.api_key)) == ErrorCode.INVALID_CREDENTIALS
 
 
 async def test_a_replaced_secret_cannot_rotate(bench: Bench) -> None:
