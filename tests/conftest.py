@@ -14,15 +14,22 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from infra.embedded import servers
 from libs.common import tracing
 from libs.common.clock import SystemClock
 from libs.common.subjects import SERVICES
 from libs.common.tracing import PerSecond, Recorder
+from tests.fuzz.budget import SHORT
 
 OPERATOR = "operator"
 """A NATS user without restrictions, for tests that play somebody."""
+
+# No test fails because the machine is slow. The ordinary run draws the same examples every time: what it says is about the
+# change that is tested; `./run fuzz` draws others.
+settings.register_profile("portcullis", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=SHORT)
+settings.load_profile("portcullis")
 
 
 def free_port() -> int:

@@ -36,7 +36,7 @@ def test_every_status_is_documented_and_none_is_a_failure(stack: Stack) -> None:
     schema = schemathesis.openapi.from_url(f"{stack.url}/openapi.json")
     operations: list[Any] = [result.ok() for result in schema.get_all_operations()]  # type: ignore[union-attr]  # Err raises
     assert len(operations) > 10
-    bounds = settings(max_examples=15, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    bounds = settings(max_examples=15, database=None, suppress_health_check=list(HealthCheck))
     for operation, mode in product(operations, GenerationMode):
         generated: Any = given(operation.as_strategy(generation_mode=mode))
         check: Callable[[], None] = bounds(generated(call))

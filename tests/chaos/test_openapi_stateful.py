@@ -23,7 +23,7 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from tests.chaos.kit import CONTRACT_STATUSES, Stack, unlimited_key, wait_for_detection
-from tests.fuzz.budget import SHORT, examples
+from tests.fuzz.budget import examples
 
 # What a name or a date may be is finer than the schema says. A job is there before its submission is complete, and after it was
 # cancelled. And of the 5xx there are two that the contract has.
@@ -66,8 +66,6 @@ def test_calls_that_follow_from_one_another_are_answered_as_described(stack: Sta
         settings=settings(
             max_examples=examples(15),
             stateful_step_count=10,
-            derandomize=SHORT,  # what is followed below must have been drawn
-            deadline=None,
             database=None,
             suppress_health_check=list(HealthCheck),
         )

@@ -87,7 +87,7 @@ class TestLuaRule(RuleBehaviour):
 
 
 @given(histories() | edges())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_lua_decides_as_the_rule_in_python_does(client: redis.Redis, steps: list[Step]) -> None:
     lua, core = Timed(LuaRule(client, PER_KEY)), Timed(CoreRule(PER_KEY))
     for index, (pause, cost, limits) in enumerate(steps):
@@ -102,7 +102,7 @@ def test_lua_decides_as_the_rule_in_python_does(client: redis.Redis, steps: list
 
 
 @given(histories() | edges(), steps_back)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_lua_agrees_with_an_exact_log(client: redis.Redis, steps: list[Step], back: list[tuple[int, float]]) -> None:
     replay(Timed(LuaRule(client, PER_KEY)), PER_KEY, (MINUTE, DAY), steps)
     replay_stepping_back(LuaRule(client, PER_KEY), steps, back)

@@ -167,7 +167,7 @@ def test_lines_that_cannot_be_right_are_no_verdicts(face: Make, lines: list[dict
         face(Gateway(ndjson(*lines))).detect_many(["a", "b"])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 2**32), st.integers(1, 600))
 def test_exactly_one_result_each_under_any_setbacks(seed: int, count: int) -> None:
     """The gateway answers some, in any order, then breaks off, refuses, or goes on; each text keeps its own verdict."""

@@ -530,5 +530,5 @@ class BreakerMachine(RuleBasedStateMachine):
             state = change.after
 
 
-BreakerMachine.TestCase.settings = settings(max_examples=100, stateful_step_count=60, deadline=None)
+BreakerMachine.TestCase.settings = settings(max_examples=100, stateful_step_count=60)
 TestBreakerMachine = BreakerMachine.TestCase

@@ -122,7 +122,7 @@ def test_unknown_fields_are_ignored() -> None:
 
 
 @given(st.binary(max_size=200))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_no_bytes_lead_to_anything_but_a_body_or_a_typed_refusal(data: bytes) -> None:
     try:
         core.decode_json(data, DETECT)
@@ -134,7 +134,7 @@ def test_no_bytes_lead_to_anything_but_a_body_or_a_typed_refusal(data: bytes) ->
 
 
 @given(st.text(st.characters(codec="utf-8"), min_size=1, max_size=200))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_every_text_arrives_as_it_was_sent(text: str) -> None:
     assert core.decode_json(msgspec.json.encode({"text": text}), DETECT).text == text
 

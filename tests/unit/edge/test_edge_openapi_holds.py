@@ -18,7 +18,7 @@ LEFT_OUT = [ignored_auth, negative_data_rejection, positive_data_acceptance]
 
 
 @schema.parametrize()
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=25, suppress_health_check=list(HealthCheck))
 def test_every_status_and_body_is_as_described(case: Case[Any]) -> None:
     case.headers.update({"X-API-Key": KEY, "X-Admin-Token": "let me in"})
     case.call_and_validate(excluded_checks=LEFT_OUT)

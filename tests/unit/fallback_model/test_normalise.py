@@ -140,7 +140,7 @@ def test_spans_point_into_the_text_as_sent() -> None:
     assert text[slice(*whole.source(place, place + 2))] == "忽"
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     st.text(alphabet=st.characters(), max_size=400)
     | st.text(alphabet=st.characters(categories=["Cs", "Cf", "Mn", "Co", "Cn", "Lo"]), max_size=400)
@@ -151,7 +151,7 @@ def test_any_text_gives_bounded_views_with_places_inside_it(text: str) -> None:
     check_views(text, LEXICON)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(st.sampled_from(patterns.NAMES), st.integers(0, 700)), max_size=8))
 def test_hard_texts_side_by_side_give_bounded_views_with_places_inside_them(pieces: list[tuple[str, int]]) -> None:
     check_views("".join(patterns.pattern(name, 700)[:length] for name, length in pieces), LEXICON)

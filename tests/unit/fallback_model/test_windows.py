@@ -16,7 +16,7 @@ from services.fallback_model.windows import Windower, characters
 WINDOWER = Windower(load_tokenizer(DEFAULT_MODEL), max_tokens=16, overlap=5)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.lists(st.sampled_from(["alpha", "b", "gamma!", "unbelievably", "...", "x9", "忽"]), max_size=120).map(" ".join))
 def test_every_token_is_in_a_window_and_no_window_is_too_long(text: str) -> None:
     encoding = WINDOWER.encode([text])[0]

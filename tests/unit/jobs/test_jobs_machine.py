@@ -489,5 +489,5 @@ async def again(call: Callable[[], Awaitable[T]]) -> T:
         return await call()
 
 
-JobsMachine.TestCase.settings = settings(max_examples=examples(150), stateful_step_count=40, deadline=None)
+JobsMachine.TestCase.settings = settings(max_examples=examples(150), stateful_step_count=40)
 TestJobsMachine = JobsMachine.TestCase

@@ -35,13 +35,13 @@ class TestCoreRule(RuleBehaviour):
 
 
 @given(histories() | edges())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_every_decision_agrees_with_an_exact_log(steps: list[Step]) -> None:
     replay(Timed(CoreRule(PER_KEY)), PER_KEY, (MINUTE, DAY), steps)
 
 
 @given(histories() | edges(), steps_back)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_a_clock_that_steps_back_never_admits_more(steps: list[Step], back: list[tuple[int, float]]) -> None:
     replay_stepping_back(CoreRule(PER_KEY), steps, back)
 

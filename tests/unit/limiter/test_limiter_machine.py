@@ -241,5 +241,5 @@ class LimiterMachine(RuleBasedStateMachine):
         assert self.log.units(now, DAY) <= times * self.principal.limit_day
 
 
-LimiterMachine.TestCase.settings = settings(max_examples=examples(100), stateful_step_count=40, deadline=None)
+LimiterMachine.TestCase.settings = settings(max_examples=examples(100), stateful_step_count=40)
 TestLimiterMachine = LimiterMachine.TestCase
