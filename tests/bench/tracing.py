@@ -150,19 +150,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--seconds", type=float, default=4.0, help="of each turn (default: 4)")
     parser.add_argument("--engine", choices=("detect", "model", "both"), default="both")
     options = parser.parse_args(arguments)
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=f"{options.callers} callers, {options.rounds} rounds")
-    for title in (
-        "engine",
-        "with, req/s",
-        "without, req/s",
-        "ratio",
-        "quartiles",
-        "with, ms",
-        "without, ms",
-        "ratio",
-        "quartiles",
-    ):
-        table.add_column(title, justify="right")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=0, title=f"{options.callers} callers, {options.rounds} rounds")
+    for title in ("engine", "req/s", "without", "ratio (quartiles)", "CPU ms", "without", "ratio (quartiles)"):
+        table.add_column(title, justify="right", no_wrap=True)
     worst = 1.0
     try:
         with engine() as served:
@@ -184,12 +174,10 @@ def main(arguments: list[str]) -> int:
                     name,
                     f"{rate:.0f}",
                     f"{other_rate:.0f}",
-                    f"{rate / other_rate:.3f}",
-                    f"{rates[0]:.3f} to {rates[2]:.3f}",
+                    f"{rate / other_rate:.3f} ({rates[0]:.2f}–{rates[2]:.2f})",
                     f"{cost:.2f}",
                     f"{other_cost:.2f}",
-                    f"{cost / other_cost:.3f}",
-                    f"{costs[0]:.3f} to {costs[2]:.3f}",
+                    f"{cost / other_cost:.3f} ({costs[0]:.2f}–{costs[2]:.2f})",
                 )
     except BenchError as error:
         print(f"bench tracing: {error}", file=sys.stderr)
