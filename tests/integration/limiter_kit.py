@@ -40,6 +40,7 @@ async def limiter(url: str, policy: Policy = PER_KEY, instance: str = "one") -> 
 class Started:
     """A Redis of some kind. `kill` may be called again."""
 
+    home: Path
     port: int
     process: subprocess.Popen[bytes]
     password: str
@@ -58,6 +59,11 @@ class Started:
         self.process.kill()
         self.process.wait()
 
+    def again(self) -> None:
+        """Start it again after it was killed."""
+        self.process = subprocess.Popen(self.process.args, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        wait_until(self.answers, what="Redis")
+
 
 def start(home: Path, port: int, password: str, more: str = "", *flags: str) -> Started:
     home.mkdir()
@@ -68,7 +74,7 @@ def start(home: Path, port: int, password: str, more: str = "", *flags: str) -> 
     ]
     Path(path).write_text("\n".join((*lines, more)) + "\n")
     process = subprocess.Popen([program, path, *flags], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    started = Started(port, process, password)
+    started = Started(home, port, process, password)
     try:
         wait_until(lambda: process.poll() is not None or started.answers(), what="Redis")
         assert process.poll() is None, "Redis does not take its configuration"

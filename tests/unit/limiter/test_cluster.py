@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
@@ -35,8 +36,11 @@ def slot(key: str) -> int:
 
 def keys(low: int, high: int, count: int = 3) -> list[str]:
     """Names of keys in slots from `low` up to, but without, `high`."""
-    found = [key for key in map(str, range(100_000)) if low <= slot(key) < high]
-    return found[:count]
+    return list(itertools.islice((key for key in map(str, itertools.count()) if low <= slot(key) < high), count))
+
+
+def _named(address: Address) -> list[Any]:
+    return [address[0].encode(), address[1], b"id"]
 
 
 @dataclass
@@ -45,6 +49,7 @@ class Server:
 
     address: Address
     ranges: list[tuple[int, int, Address]]
+    replicas: tuple[Address, ...] = ()
     away: bool = False
     knows_script: bool = True
     replies: dict[int, Exception] = field(default_factory=dict)
@@ -53,7 +58,7 @@ class Server:
     beats: int = 0
 
     def slots(self) -> list[Any]:
-        return [[low, high, [address[0].encode(), address[1], b"id"]] for low, high, address in self.ranges]
+        return [[low, high, _named(address), *map(_named, self.replicas)] for low, high, address in self.ranges]
 
     def reply(self, command: tuple[Any, ...], asked: bool) -> Any:
         if command[0] == "SCRIPT LOAD":
@@ -266,17 +271,18 @@ async def test_an_error_is_the_nodes_unless_it_is_about_a_slot(house: House, err
 
 
 async def test_a_promoted_replica_takes_over_and_is_told_what_it_may_not_have_heard(house: House) -> None:
-    (a,) = keys(HALF, 16384, 1)
+    a, b = keys(HALF, 16384, 2)
     async with house.watched():
-        for _ in range(5):
-            assert not await house.is_local(a)
+        for key in (a, b) * 5:
+            assert not await house.is_local(key)
         house.two.away = True
         assert await house.is_local(a)
         house.one.ranges = [(0, HALF - 1, ONE), (HALF, 16383, THREE)]
         await until(lambda: house.changes == [False, True])
-        decision, is_local = await house.limiter.decide(a, LIMITS, 1)
-        assert (decision.used[0], is_local) == (7, False)
-    assert house.three.units == {PREFIX + a: 7}
+        for key, units in ((a, 7), (b, 6)):
+            decision, is_local = await house.limiter.decide(key, LIMITS, 1)
+            assert (decision.used[0], is_local) == (units, False)
+    assert house.three.units == {PREFIX + a: 7, PREFIX + b: 6}
     assert [node.address for node in house.cluster.nodes] == [ONE, THREE]
 
 
@@ -318,4 +324,40 @@ async def test_a_heartbeat_goes_to_another_slot_when_its_own_moves(house: House)
     assert (node.health.up, house.one.beats) == (True, beats)
     await node.health.check()
     assert (node.health.up, house.one.beats) == (True, beats + 1)
-    assert (house.cluster.beat_key(node, tag + 1) or ("", 0))[0] == node.heartbeat._key
+    moved_on = node.heartbeat._key
+    assert moved_on == (house.cluster.beat_key(node, tag + 1) or ("", 0))[0]
+    # By the next map all replicas of the limiter look from the first on, or they would not see one another.
+    house.one.replies.clear()
+    house.one.ranges = [(0, HALF, ONE), (HALF + 1, 16383, TWO)]
+    async with house.watched():
+        house.cluster.stale()
+        await until(lambda: house.store.of(keys(HALF, HALF + 1, 1)[0]) is node.health)
+        await node.health.check()
+        assert node.heartbeat._key == key
+
+
+async def test_a_replica_tells_who_has_taken_over_when_no_primary_is_left_to_ask(house: House) -> None:
+    (a,) = keys(0, HALF, 1)
+    house.one.ranges, house.one.replicas = [(0, 16383, ONE)], (THREE,)
+    house.three.ranges = [(0, 16383, THREE)]
+    async with house.watched():
+        house.cluster.stale()
+        await until(lambda: [node.address for node in house.cluster.nodes] == [ONE])
+        assert not await house.is_local(a)
+        house.one.away = True
+        assert await house.is_local(a)
+        await until(lambda: house.changes == [False, True])
+        assert not await house.is_local(a)
+    assert house.three.units == {PREFIX + a: 3}
+
+
+async def test_a_node_that_names_no_host_means_its_own(house: House) -> None:
+    (a,) = keys(0, HALF, 1)
+    house.one.replies[slot(a)] = MovedError(f"{slot(a)} :6379")
+    (outcome,) = await house.decide([a])
+    assert isinstance(outcome, KeyUnavailableError)  # it was asked, and asked again
+    assert {node.address for node in house.cluster.nodes} == {ONE, TWO}
+    house.one.ranges = [(0, 16383, ("", 6379))]
+    async with house.watched():
+        house.cluster.stale()
+        await until(lambda: [node.address for node in house.cluster.nodes] == [ONE])
