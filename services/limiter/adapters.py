@@ -1,4 +1,7 @@
-"""Redis behind the ports: decisions in batches, and heartbeats."""
+"""One Redis server, or the primary that sentinels name, behind the ports: decisions in batches, and heartbeats.
+
+A cluster of several primaries is in `cluster.py`.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,11 @@ import contextlib
 import logging
 import struct
 from collections import deque
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import Any, cast
 
-from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio import BlockingConnectionPool, Connection, Redis, SSLConnection
 from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import (
     Sentinel,
@@ -23,8 +26,10 @@ from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
 from libs.common import telemetry, tracing
-from services.limiter.address import Sentinels, sentinels
+from libs.common.service import ConfigurationError
+from services.limiter.address import A_CLUSTER, Address, Nodes, Sentinels, located
 from services.limiter.core import Decision, Policy
+from services.limiter.failover import Health
 from services.limiter.lua import SCRIPT, Wire
 from services.limiter.metrics import REDIS_DURATION
 from services.limiter.ports import StoreForgotError, StoreUnavailableError
@@ -54,16 +59,17 @@ redis.call('EXPIRE', KEYS[1], {REPLICA_LIFE_SECONDS})
 return {{redis.call('ZCARD', KEYS[1]), added}}
 """
 
-_Waiting = tuple[str, bytes, asyncio.Future[bytes]]
+Waiting = tuple[str, bytes, asyncio.Future[bytes]]
+"""A key, what is asked about it, and whoever waits for the answer."""
 
 
-def connect(url: str) -> Redis:
-    """A client that fails at once: no retries, and connections are bounded (one more than batches, for the heartbeat).
+def _ways() -> dict[str, Any]:
+    """How our clients are: they fail at once, without retries, and have one connection more than batches, for the heartbeat.
 
     No timeout of redis-py's own is set: it would count connecting, greeting, writing and reading each anew, and its timeout for
-    a write starts a task each time. `_within_the_timeout` bounds all of it together.
+    a write starts a task each time. `within_the_timeout` bounds all of it together.
     """
-    ways: dict[str, Any] = {
+    return {
         "max_connections": MAX_CONNECTIONS + 1,
         "timeout": TIMEOUT_SECONDS,
         "retry": Retry(NoBackoff(), 0),
@@ -72,10 +78,24 @@ def connect(url: str) -> Redis:
         "driver_info": None,
         "protocol": 2,
     }
-    known = sentinels(url)
-    pool = BlockingConnectionPool.from_url(url, **ways) if known is None else _watched(known, ways)
+
+
+def connect(url: str) -> Redis:
+    """A client of one server, or of the primary that sentinels name."""
+    known = located(url)
+    if isinstance(known, Nodes):
+        raise ValueError("a cluster has no one client")
+    pool = BlockingConnectionPool.from_url(url, **_ways()) if known is None else _watched(known, _ways())
     telemetry.CONNECTIONS_LIMIT.labels("redis").set(MAX_CONNECTIONS + 1)
     return Redis.from_pool(pool)
+
+
+def connect_to_node(known: Nodes, address: Address) -> Redis:
+    """A client of one node of that cluster."""
+    host, port = address
+    kind = SSLConnection if known.tls else Connection
+    ways = {**known.connection, **_ways(), "host": host, "port": port}
+    return Redis.from_pool(BlockingConnectionPool(connection_class=kind, **ways))
 
 
 class _WatchedPool(SentinelConnectionPool, BlockingConnectionPool):
@@ -103,12 +123,12 @@ def _watched(known: Sentinels, ways: dict[str, Any]) -> BlockingConnectionPool:
 async def is_cluster(client: Redis) -> bool:
     """Whether that Redis is a node of a Redis Cluster. False also when it does not say."""
     with contextlib.suppress(StoreUnavailableError):
-        told = await _within_the_timeout(client.info("cluster"))
+        told = await within_the_timeout(client.info("cluster"))
         return bool(told.get("cluster_enabled"))
     return False
 
 
-async def _within_the_timeout(call: Awaitable[Any]) -> Any:
+async def within_the_timeout(call: Awaitable[Any]) -> Any:
     """Await `call` for 0.1 s at the most. redis-py closes a connection whose call is cancelled, so no answer is left in it.
 
     The time is counted in slices: if this process stands still (a busy machine, a garbage collection), one slice is over however
@@ -140,15 +160,14 @@ class RedisStore:
     """Decisions under one policy.
 
     Calls that come in the same turn of the event loop travel together, and so do those that wait while `MAX_CONNECTIONS`
-    batches are under way: one call of the script decides them in order. The keys of a batch live on one server, so this needs a
-    Redis primary and not a Redis Cluster.
+    batches are under way: one call of the script decides them in order. So the keys of a batch must live on one server.
     """
 
     def __init__(self, client: Redis, policy: Policy, prefix: str, script: str = SCRIPT) -> None:
         self._wire = Wire(policy)
         self._prefix = prefix
         self._script = client.register_script(script)
-        self._waiting: deque[_Waiting] = deque()
+        self._waiting: deque[Waiting] = deque()
         self._batches: set[asyncio.Task[list[bytes]]] = set()
         self._flushing = False
 
@@ -181,15 +200,15 @@ class RedisStore:
             self._batches.add(task)
             task.add_done_callback(partial(self._sent, batch))
 
-    async def _send(self, batch: list[_Waiting]) -> list[bytes]:
+    async def _send(self, batch: list[Waiting]) -> list[bytes]:
         keys = [key for key, _, _ in batch]
         asks = [self._wire.windows, *(ask for _, ask, _ in batch)]
-        answers: list[bytes] = await _within_the_timeout(self._script(keys, asks))
+        answers: list[bytes] = await within_the_timeout(self._script(keys, asks))
         if len(answers) != len(batch):
             raise StoreUnavailableError("not the answers of the script")
         return answers
 
-    def _sent(self, batch: list[_Waiting], task: asyncio.Task[list[bytes]]) -> None:
+    def _sent(self, batch: list[Waiting], task: asyncio.Task[list[bytes]]) -> None:
         self._batches.discard(task)
         error = asyncio.CancelledError() if task.cancelled() else task.exception()
         if error is None:
@@ -210,16 +229,17 @@ class RedisStore:
 class RedisHeartbeat:
     """Replicas in a sorted set by the time of their last beat; one that has not beaten for 5 s is taken for gone."""
 
-    def __init__(self, client: Redis, instance: str) -> None:
+    def __init__(self, client: Redis, instance: str, key: str = REPLICAS_KEY) -> None:
         self._client = client
         self._script = client.register_script(BEAT_SCRIPT)
         self._instance = instance
+        self._key = key
         self._is_known = False
         """To Redis, by the last beat."""
 
     async def beat(self) -> int:
         was_known, self._is_known = self._is_known, False
-        replicas, added = cast(list[int], await _within_the_timeout(self._script([REPLICAS_KEY], [self._instance])))
+        replicas, added = cast(list[int], await within_the_timeout(self._script([self._key], [self._instance])))
         self._is_known = True
         if was_known and added:
             raise StoreForgotError
@@ -229,4 +249,29 @@ class RedisHeartbeat:
         """Say that this replica goes; if nobody hears it, its last beat ages."""
         self._is_known = False
         with contextlib.suppress(StoreUnavailableError):
-            await _within_the_timeout(self._client.zrem(REPLICAS_KEY, self._instance))
+            await within_the_timeout(self._client.zrem(self._key, self._instance))
+
+
+class OneServer:
+    """Where limits are kept: one server. Its only part is itself."""
+
+    def __init__(self, url: str, instance: str, on_change: Callable[[bool], None]) -> None:
+        self._client = connect(url)
+        self._heartbeat = RedisHeartbeat(self._client, instance)
+        self._health = Health(self._heartbeat, on_change)
+
+    def limits(self, policy: Policy, prefix: str) -> tuple[RedisStore, Health]:
+        return RedisStore(self._client, policy, prefix), self._health
+
+    async def open(self) -> None:
+        await self._health.check()
+        if await is_cluster(self._client):  # whether or not the heartbeat was answered: it may be another node that has its key
+            await self._client.aclose()
+            raise ConfigurationError(f"PORTCULLIS_REDIS_URL: {A_CLUSTER}")
+
+    async def watch(self) -> None:
+        await self._health.watch()
+
+    async def close(self) -> None:
+        await self._heartbeat.leave()
+        await self._client.aclose()

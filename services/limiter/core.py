@@ -146,7 +146,7 @@ class _Slots:
 class KeyState:
     """Everything that is known of one key. At most 2 · 68 slots and 31 times, whatever the limits are."""
 
-    __slots__ = ("_now_ms", "_refusals", "_skew_ms", "_slots", "synced")
+    __slots__ = ("_now_ms", "_refusals", "_skew_ms", "_slots", "apart", "synced")
 
     def __init__(self, policy: Policy) -> None:
         self._slots = tuple(_Slots() for _ in policy.windows)
@@ -154,7 +154,9 @@ class KeyState:
         self._now_ms = 0
         self._skew_ms = 0
         self.synced = 0
-        """For whoever keeps this state beside another one: up to which outage of that one the two are in line."""
+        """For whoever keeps this state beside another one: up to which turn the two are in line."""
+        self.apart = 0
+        """Likewise: in which turn this one was last used without the other."""
 
     def used(self, policy: Policy, clock_ms: int) -> tuple[int, ...]:
         """Units in use now, by window."""

@@ -16,6 +16,10 @@ class StoreForgotError(StoreUnavailableError):
     """The store answers, and does not know what it was told: it has lost its data, between one beat and the next."""
 
 
+class KeyUnavailableError(StoreUnavailableError):
+    """This one key is not decided now: it is on its way from one part of the store to another, or no part has it."""
+
+
 class RateStore(Protocol):
     """The states of all keys under one policy, shared by every replica."""
 

@@ -285,7 +285,7 @@ async def test_a_process_that_stands_still_does_not_blame_redis() -> None:
         time.sleep(3 * adapters.TIMEOUT_SECONDS)  # noqa: ASYNC251  # which is the point
 
     arrival.start()
-    outcome, _ = await asyncio.gather(adapters._within_the_timeout(call()), stand_still())
+    outcome, _ = await asyncio.gather(adapters.within_the_timeout(call()), stand_still())
     assert outcome == "in time"
 
 

@@ -1,72 +1,22 @@
-"""The limiter on a primary that sentinels watch over: its death, a sentinel that hangs; and a Redis Cluster, which is refused."""
+"""The limiter on a primary that sentinels watch over: its death, and a sentinel that hangs."""
 
 from __future__ import annotations
 
 import asyncio
 import socket
-import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
 import pytest
-import redis
-from pydantic import SecretStr
 
-from infra.embedded import servers
-from libs.common.bus import Bus
-from libs.common.service import ConfigurationError
-from services.limiter.app import parts
 from services.limiter.failover import Health
-from services.limiter.settings import Settings
 from tests.conftest import free_port, wait_until
-from tests.integration.limiter_kit import limiter
+from tests.integration.limiter_kit import Started, limiter, start
 
 PASSWORD, SENTINELS_OWN = "p@ss/word", "their%own"
 LIMITS = (10, 1000)
-
-
-@dataclass
-class Started:
-    """A Redis of some kind. `kill` may be called again."""
-
-    port: int
-    process: subprocess.Popen[bytes]
-    password: str
-
-    def client(self) -> redis.Redis:
-        return redis.Redis(port=self.port, password=self.password, socket_timeout=1)
-
-    def answers(self) -> bool:
-        with self.client() as client:
-            try:
-                return bool(client.ping())
-            except redis.RedisError:
-                return False
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait()
-
-
-def start(home: Path, port: int, password: str, more: str = "", *flags: str) -> Started:
-    home.mkdir()
-    server = servers.redis(home, port, password)
-    program, path = server.command
-    lines = [
-        line for line in Path(path).read_text().splitlines() if not (flags and line.startswith(("append", "save", "maxmem")))
-    ]
-    Path(path).write_text("\n".join((*lines, more)) + "\n")
-    process = subprocess.Popen([program, path, *flags], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    started = Started(port, process, password)
-    try:
-        wait_until(lambda: process.poll() is not None or started.answers(), what="Redis")
-        assert process.poll() is None, "Redis does not take its configuration"
-    except BaseException:
-        started.kill()
-        raise
-    return started
 
 
 @dataclass
@@ -172,14 +122,3 @@ async def test_a_sentinel_that_is_gone_or_hangs_is_passed_over(watched: Watched)
         async with limiter(watched.url(free_port(), silent.getsockname()[1])) as (one, health):
             await until_up(health)
             assert not (await one.decide("k", LIMITS, 1))[1]
-
-
-async def test_a_node_of_a_cluster_is_refused_at_the_start(tmp_path: Path) -> None:
-    node = start(tmp_path / "node", free_port(), "password", "cluster-enabled yes")
-    try:
-        settings = Settings(redis_url=SecretStr(f"redis://:password@127.0.0.1:{node.port}/0"))
-        with pytest.raises(ConfigurationError, match="name a primary, or its sentinels"):
-            async with parts(Bus("limiter", settings), settings):
-                pass
-    finally:
-        node.kill()

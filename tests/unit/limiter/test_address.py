@@ -1,26 +1,24 @@
-"""URLs of sentinels, and what is no use."""
+"""URLs of sentinels and of clusters."""
 
 from __future__ import annotations
 
 import pytest
-from pydantic import ValidationError
-from redis.asyncio import BlockingConnectionPool
+from redis.asyncio import BlockingConnectionPool, SSLConnection
 from redis.asyncio.sentinel import SentinelConnectionPool
 
 from services.limiter import adapters
-from services.limiter.address import sentinels
-from services.limiter.settings import Settings
+from services.limiter.address import Nodes, Sentinels, located
 
 
 @pytest.mark.parametrize("url", ["redis://:p@host:6379/0", "rediss://host", "unix:///run/redis.sock?db=1"])
 def test_a_url_of_redis_itself_names_no_sentinels(url: str) -> None:
-    assert sentinels(url) is None
+    assert located(url) is None
 
 
 def test_a_url_of_sentinels_says_all() -> None:
     url = "rediss+sentinel://me:p%40ss@one:26380,two,[::1]:26379/my-master/3?sentinel_password=other&sentinel_username=s"
-    known = sentinels(url)
-    assert known is not None
+    known = located(url)
+    assert isinstance(known, Sentinels)
     assert known.addresses == (("one", 26380), ("two", 26379), ("::1", 26379))
     assert (known.primary, known.tls) == ("my-master", True)
     assert known.connection == {"username": "me", "password": "p@ss", "db": 3}
@@ -30,8 +28,8 @@ def test_a_url_of_sentinels_says_all() -> None:
 
 
 def test_what_need_not_be_said_is_as_redis_has_it() -> None:
-    known = sentinels("redis+sentinel://one/mymaster")
-    assert known is not None
+    known = located("redis+sentinel://one/mymaster")
+    assert isinstance(known, Sentinels)
     assert (known.addresses, known.tls, known.connection, known.own) == ((("one", 26379),), False, {}, {})
 
 
@@ -49,10 +47,28 @@ async def test_the_pool_waits_for_a_connection_and_asks_sentinels_briefly() -> N
     await client.aclose()
 
 
-def test_a_cluster_is_refused_with_a_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PORTCULLIS_REDIS_URL", "redis+cluster://:secret@one:6379")
-    with pytest.raises(ValidationError) as caught:
-        Settings()
-    (problem,) = caught.value.errors(include_input=False, include_url=False)
-    assert "redis+sentinel://" in problem["msg"]
-    assert "secret" not in str(caught.value)
+def test_a_url_of_a_cluster_says_all() -> None:
+    known = located("rediss+cluster://me:p%40ss@one:6380,two,[::1]:6379/0?ssl_ca_certs=ca.crt&ssl_check_hostname=no")
+    assert isinstance(known, Nodes)
+    assert known.addresses == (("one", 6380), ("two", 6379), ("::1", 6379))
+    assert known.connection == {
+        "username": "me",
+        "password": "p@ss",
+        "ssl_ca_certs": "ca.crt",
+        "ssl_check_hostname": False,
+    }
+    assert known.tls
+    assert "p@ss" not in repr(known)
+    assert located("redis+cluster://one") == Nodes((("one", 6379),), {}, False)
+
+
+async def test_every_node_of_a_cluster_is_spoken_to_as_the_url_says() -> None:
+    known = located("rediss+cluster://me:p@one,two?ssl_ca_certs=ca.crt&timeout=9")
+    assert isinstance(known, Nodes)
+    client = adapters.connect_to_node(known, ("three", 7000))
+    pool = client.connection_pool
+    assert isinstance(pool, BlockingConnectionPool)
+    assert (pool.connection_class, pool.timeout) == (SSLConnection, adapters.TIMEOUT_SECONDS)
+    ways = pool.connection_kwargs
+    assert (ways["host"], ways["port"], ways["username"], ways["ssl_ca_certs"]) == ("three", 7000, "me", "ca.crt")
+    await client.aclose()

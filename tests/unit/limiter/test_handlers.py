@@ -207,6 +207,11 @@ async def test_an_address_registers_so_many_keys_in_any_hour() -> None:
         "redis+sentinel://:secret@host:port/mymaster",
         "redis+sentinel://:secret@host:26379/mymaster/zero",
         "unix+sentinel://:secret@host:26379/mymaster",
+        "unix+cluster://:secret@host:6379",
+        "redis+cluster://:secret@host:6379,",
+        "redis+cluster://:secret@host:port",
+        "redis+cluster://:secret@host:6379/1",
+        "redis+cluster://:secret@host:6379?db=1",
     ],
 )
 def test_a_malformed_redis_url_is_refused_without_being_shown(url: str, monkeypatch: pytest.MonkeyPatch) -> None:

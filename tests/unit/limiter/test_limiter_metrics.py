@@ -7,7 +7,7 @@ from prometheus_client import REGISTRY
 
 from libs.common.clock import ManualClock
 from services.limiter.core import PER_KEY
-from services.limiter.failover import Health, Limiter
+from services.limiter.failover import Health, Limiter, Whole
 from tests.unit.limiter.test_failover import FakeStore
 
 
@@ -61,3 +61,24 @@ async def test_time_without_redis_adds_up_and_ends_with_its_return() -> None:
     await health.check()
     assert sample("store_up", store="redis") == 1
     assert sample("limiter_degraded_seconds_total") - before == pytest.approx(1.5)
+
+
+async def test_a_store_of_parts_is_up_when_all_of_them_are_and_time_counts_once() -> None:
+    clock = ManualClock()
+    changes: list[bool] = []
+    whole = Whole(changes.append, clock.monotonic)
+    stores = [FakeStore(clock) for _ in range(2)]
+    parts = [Health(store, lambda _: None, whole=whole) for store in stores]
+    before = sample("limiter_degraded_seconds_total")
+    for away in ((True, False), (True, True), (False, True), (False, False)):
+        for store, part, is_away in zip(stores, parts, away, strict=True):
+            store.away = is_away
+            await part.check()
+        assert sample("store_up", store="redis") == (not any(away))
+        clock.advance(1)
+    assert changes == [False, True]
+    assert sample("limiter_degraded_seconds_total") - before == pytest.approx(3)
+    parts[0].lost()
+    parts[0].retire()  # nobody waits for what is no part any more
+    parts[0].lost()
+    assert changes == [False, True, False, True]
