@@ -1,8 +1,9 @@
 """Many texts in one call: read, charged, judged and answered as a stream, a bounded number of them at a time.
 
 A JSON list is charged whole, before anything is judged. NDJSON is read as it arrives and charged a message at a time, so that an
-upload may be of any length: what is in memory are the items under way, and the piece that was read last. Nothing more is read
-while enough is under way, and an item is under way until its line has been written: a slow reader slows the work down.
+upload may be of any length: what is in memory are the items under way, one message that waits for its turn, and the piece that
+was read last. Nothing more is read while enough is under way, and an item is under way until its line has been written: a slow
+reader slows the work down.
 
 Once the status is sent, nothing can be refused any more. What goes wrong with an item is a line; what ends the stream is a line,
 too, that says from which item on nothing was judged or charged.
@@ -329,8 +330,8 @@ class Run:
         async with asyncio.TaskGroup() as group:
             entries = self._first or []
             while entries:
+                await self._wait_for_room(len(entries))
                 self._send_off(entries, group)
-                await self._wait_for_room()
                 next_index = self.feed.next_index
                 try:
                     entries = await self._take()
@@ -372,8 +373,8 @@ class Run:
         self._pace.begin(len(entries), characters)
         group.create_task(self._work(entries, characters))
 
-    async def _wait_for_room(self) -> None:
-        while not self._pace.room:
+    async def _wait_for_room(self, count: int) -> None:
+        while not self._pace.has_room(count):
             self._room.clear()
             await self._room.wait()
 

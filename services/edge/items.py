@@ -33,6 +33,8 @@ MAX_CHARACTERS_UNDER_WAY = 512_000
 FAST_SECONDS, SLOW_SECONDS = 0.25, 0.5
 """How long a message may have waited for others: below the one there may be more of them, above the other there are too many."""
 _BACK = 0.25
+FIRST_UNDER_WAY = 16.0
+"""How many may be under way before anything is known: a few batches of one worker."""
 
 _ITEM = msgspec.json.Decoder(BatchItem)
 _BODY = msgspec.json.Decoder(BatchBody)
@@ -284,14 +286,16 @@ def encode_whole(lines: Iterable[bytes], summary: BatchSummary) -> bytes:
 class Pace:
     """How many items of one batch may be under way, by how long messages take.
 
-    It begins with one, so that the first result comes as soon as that of a single text, doubles with each round trip while
-    messages hardly wait, and falls back when they do. How long one waits is what it takes beyond the shortest time that any took
-    (as TCP Vegas has it), so an engine that is far away is no reason to ask it less. What waits is about what is done in
-    `SLOW_SECONDS`, however many workers there are and whoever else keeps them busy.
+    The first message is one text, so that its result comes as soon as that of a single one; some more follow before it is back.
+    What may be under way doubles with each round trip while messages hardly wait, and falls back when they do. How long one waits
+    is what it takes beyond the shortest time that any took (as TCP Vegas has it), so an engine that is far away is no reason to
+    ask it less. What waits is about what is done in `SLOW_SECONDS`, however many workers there are and whoever else keeps them
+    busy.
     """
 
     def __init__(self) -> None:
-        self._limit = 1.0
+        self._limit = FIRST_UNDER_WAY
+        self._begun = False
         self._shortest = math.inf
         self._items = 0
         self._characters = 0
@@ -299,16 +303,16 @@ class Pace:
     @property
     def size(self) -> int:
         """Items of the next message: three messages are under way when it goes well."""
-        return max(1, min(MAX_ITEMS, math.ceil(self._limit / 3)))
+        return max(1, min(MAX_ITEMS, math.ceil(self._limit / 3))) if self._begun else 1
 
-    @property
-    def room(self) -> bool:
-        """Whether another message may go."""
+    def has_room(self, items: int) -> bool:
+        """Whether a message of so many may go."""
         if not self._items:
             return True
-        return self._items + self.size <= self._limit and self._characters + MAX_CHARACTERS <= MAX_CHARACTERS_UNDER_WAY
+        return self._items + items <= self._limit and self._characters + MAX_CHARACTERS <= MAX_CHARACTERS_UNDER_WAY
 
     def begin(self, items: int, characters: int) -> None:
+        self._begun = True
         self._items += items
         self._characters += characters
 

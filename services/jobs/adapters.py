@@ -319,7 +319,7 @@ class JetStreamDelivery:
 
     async def done(self) -> None:
         with translated("acknowledging an item"):
-            await self._message.ack_sync(timeout=API_TIMEOUT_SECONDS)
+            await self._message.ack()
 
     async def give_back(self, delay_seconds: float) -> None:
         with translated("giving an item back"):

@@ -69,11 +69,13 @@ class Pace:
 
 @dataclass(slots=True)
 class _Hand:
-    """What one turn has in hand. `used`: units of the key's limits that went into results; `since`: when they were taken."""
+    """What one turn has in hand. `used`: units of the key's limits that went into results; `since`: when they were taken.
+    `last`: nothing more waited when it was filled."""
 
     held: set[Delivery] = field(default_factory=set)
     used: int = 0
     since: float = 0.0
+    last: bool = False
 
 
 class Runner:
@@ -108,6 +110,8 @@ class Runner:
         self._counted_at: dict[str, float] = {}
         self._hands: dict[str, list[_Hand]] = {}
         self._handed_out: set[str] = set()
+        self._emptied: set[str] = set()
+        """Jobs of which nothing waits any more, and something is in our hands."""
         self._changed = asyncio.Event()
         self._look = asyncio.Event()
         self._stopping = False
@@ -319,6 +323,7 @@ class Runner:
                 if not units:
                     return False
                 hand.held |= set(await self._queues.fetch(key_id, job_id, units, FETCH_SECONDS))
+                hand.last = len(hand.held) < units
             if not hand.held:
                 self._schedule.drop(key_id, job_id)  # until the next look
                 return False
@@ -339,9 +344,15 @@ class Runner:
         return sum(len(hand.held) for hand in self._hands.get(job_id, ()))
 
     def _put_down(self, job_id: str, hand: _Hand) -> None:
-        self._hands[job_id].remove(hand)
-        if not self._hands[job_id]:
+        hands = self._hands[job_id]
+        hands.remove(hand)
+        if not hands:
             del self._hands[job_id]
+        if hand.last:
+            self._emptied.add(job_id)
+        if job_id in self._emptied and not hands:
+            self._emptied.discard(job_id)
+            self.kick()  # the job may be over: somebody waits for the end of it
 
     async def _units(self, record: JobRecord, most: int, hand: _Hand) -> tuple[int, bool]:
         """Units for up to `most` items, and whether the limiter ran without Redis."""

@@ -3,7 +3,7 @@
 - the first result of a batch of 1 000, against a single detection;
 - texts a second of a streamed batch and of a job, against onnxruntime alone on the same texts: prepared beforehand, sorted by
   length, in the best of some batch sizes, on as many threads as there are processors;
-- memory of the edge and the proxy while 1 000 and 20 000 lines are uploaded;
+- memory of the edge and the proxy while 1 000 and 100 000 lines are uploaded;
 - latency of single detections, alone, beside a batch, and beside a job.
 """
 
@@ -33,7 +33,7 @@ from tests.bench.turns import Options
 
 NDJSON = {"Content-Type": "application/x-ndjson"}
 TEXTS = 1000
-LINES = 20_000
+LINES = 100_000
 JOB_ITEMS = 20_000
 SETTLING_SECONDS = 2.0
 POLL_SECONDS = 0.1

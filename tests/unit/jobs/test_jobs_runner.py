@@ -7,7 +7,7 @@ from collections.abc import Callable
 import msgspec
 import pytest
 
-from libs.common.contracts import ItemResult, JobResult, Span
+from libs.common.contracts import DetectItems, ItemResult, ItemResults, JobResult, Span
 from libs.common.errors import ErrorCode, PortcullisError
 from services.jobs import core, runner
 from services.jobs.core import MAX_FAILURES
@@ -108,6 +108,31 @@ async def test_a_job_from_its_queue_to_its_end(kit: Kit) -> None:
     assert (message.key_id, message.threshold, message.detailed, message.rate_degraded) == (KEY, 0.3, True, False)
     assert await kit.queues.all() == []
     assert kit.results.announced == []
+
+
+async def test_whoever_takes_the_last_items_looks_at_once_whether_the_job_is_over(kit: Kit) -> None:
+    kit.submit(*(f"text {number}" for number in range(40)))
+    judged = asyncio.Event()
+    kit.backend.verdict = lambda _: BENIGN
+    await kit.round(most=32)
+    assert not kit.runner._look.is_set()
+    ask = kit.backend.judge
+
+    async def slowly(message: DetectItems) -> ItemResults:
+        await judged.wait()
+        return await ask(message)
+
+    await kit.runner.look()
+    kit.backend.judge = slowly  # type: ignore[method-assign, assignment]
+    turns = [asyncio.create_task(kit.runner.turn(KEY, JOB, most)) for most in (4, 32)]
+    while len(kit.runner._hands.get(JOB, ())) < len(turns):
+        await asyncio.sleep(0)
+    turns.append(asyncio.create_task(kit.runner.turn(KEY, JOB, 32)))  # finds nothing
+    assert not await turns[2]
+    assert not kit.runner._look.is_set()  # others have some of it in hand
+    judged.set()
+    await asyncio.gather(*turns)
+    assert kit.runner._look.is_set()
 
 
 async def test_the_end_is_announced_when_there_is_a_webhook(kit: Kit) -> None:
