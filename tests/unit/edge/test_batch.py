@@ -103,7 +103,7 @@ async def test_lines_come_as_they_are_done_and_one_object_in_the_order_of_asking
         if isinstance(message, DetectItems) and message.texts[0] == "text 1":
             await overtaken.wait()
         answered = await request(subject, message, context, **more)
-        if isinstance(message, DetectItems) and message.texts[0] == "text 2":
+        if isinstance(message, DetectItems) and message.texts[0] not in ("text 0", "text 1"):
             overtaken.set()
         return answered
 
@@ -117,7 +117,7 @@ async def test_lines_come_as_they_are_done_and_one_object_in_the_order_of_asking
         assert document["summary"]["total"] == 50
     else:
         order = [json.loads(line).get("index") for line in response.text.splitlines()]
-        assert order.index(2) < order.index(1)
+        assert order.index(1) > 1
         assert sorted(order[:-1]) == list(range(50))
 
 
