@@ -10,6 +10,8 @@ from datetime import UTC, date, datetime
 
 from libs.common import keys
 from libs.common.contracts import Credential, DayUsage
+from libs.common.errors import PortcullisError
+from services.auth.cache import Authenticator
 from services.auth.core import (
     KeyChanges,
     LeftBehind,
@@ -158,6 +160,25 @@ class MemoryKeys:
             return None
         last = (self.rows[after].created_at, after)
         return [key for key in ordered if (key.created_at, key.key_id) > last][:limit]
+
+
+class KeyRing:
+    """Keys in memory, and what becomes of those who show one. Whoever uses it sets both."""
+
+    store: MemoryKeys
+    authenticator: Authenticator
+
+    def add(self, **changes: object) -> tuple[str, StoredKey]:
+        api_key, stored = new_key(**changes)
+        self.store.rows[stored.key_id] = stored
+        return api_key, stored
+
+    async def outcome(self, api_key: str) -> str:
+        try:
+            await self.authenticator.authenticate(credential_of(api_key))
+        except PortcullisError as error:
+            return error.code
+        return "ok"
 
 
 class MemoryLedger:

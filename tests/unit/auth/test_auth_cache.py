@@ -9,14 +9,14 @@ import pytest
 
 from libs.common import keys
 from libs.common.clock import ManualClock
-from libs.common.errors import ErrorCode, PortcullisError
+from libs.common.errors import ErrorCode
 from services.auth import cache as cache_module
 from services.auth.cache import Authenticator, KeyCache
-from services.auth.core import StoredKey, StoreUnavailableError, verifier_of
-from tests.unit.auth.fakes import CREATED, PEPPER, PEPPERS, MemoryKeys, credential_of, new_key
+from services.auth.core import StoreUnavailableError, verifier_of
+from tests.unit.auth.fakes import CREATED, PEPPER, PEPPERS, KeyRing, MemoryKeys, credential_of, new_key
 
 
-class Bench:
+class Bench(KeyRing):
     """A cache of ten seconds over a store in memory."""
 
     def __init__(self, entries: int = 100) -> None:
@@ -25,18 +25,6 @@ class Bench:
         self.up = True
         self.cache = KeyCache(self.store.find, self.clock, ttl_seconds=10.0, entries=entries, is_up=lambda: self.up)
         self.authenticator = Authenticator(self.cache, self.clock, PEPPERS)
-
-    def add(self, **changes: object) -> tuple[str, StoredKey]:
-        api_key, stored = new_key(**changes)
-        self.store.rows[stored.key_id] = stored
-        return api_key, stored
-
-    async def outcome(self, api_key: str) -> str:
-        try:
-            await self.authenticator.authenticate(credential_of(api_key))
-        except PortcullisError as error:
-            return error.code
-        return "ok"
 
 
 async def settle() -> None:

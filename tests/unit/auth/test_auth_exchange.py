@@ -13,19 +13,21 @@ import pytest
 
 from libs.common import tasks
 from libs.common.clock import ManualClock
-from libs.common.errors import ErrorCode, PortcullisError
+from libs.common.errors import ErrorCode
 from services.auth import exchange as exchange_module
 from services.auth import metrics
 from services.auth.cache import Authenticator, KeyCache
-from services.auth.core import LeftBehind, Peppers, StoredKey
+from services.auth.core import LeftBehind, Peppers
 from services.auth.exchange import Exchange
-from tests.unit.auth.fakes import CREATED, PEPPER, MemoryKeys, credential_of, new_key
+from tests.unit.auth.fakes import CREATED, PEPPER, KeyRing, MemoryKeys, credential_of
 
 NEW = b"the-pepper-from-now-on"
 
 
-class Bench:
+class Bench(KeyRing):
     """A replica whose current pepper is NEW, over rows that are under PEPPER."""
+
+    store: Keys
 
     def __init__(self) -> None:
         self.clock = ManualClock(CREATED.timestamp())
@@ -35,18 +37,6 @@ class Bench:
         self.cache = KeyCache(self.store.find, self.clock, ttl_seconds=10.0, entries=100, is_up=lambda: self.up)
         self.exchange = Exchange(self.store, self.clock, self.peppers.current_id, lambda: self.up, self.cache.refresh)
         self.authenticator = Authenticator(self.cache, self.clock, self.peppers, self.exchange.leave)
-
-    def add(self, **changes: object) -> tuple[str, StoredKey]:
-        api_key, stored = new_key(**changes)
-        self.store.rows[stored.key_id] = stored
-        return api_key, stored
-
-    async def outcome(self, api_key: str) -> str:
-        try:
-            await self.authenticator.authenticate(credential_of(api_key))
-        except PortcullisError as error:
-            return error.code
-        return "ok"
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
