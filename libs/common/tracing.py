@@ -64,6 +64,9 @@ MAX_NEWS: Final = 1024
 QUEUE_SPANS: Final = 8192
 """Spans that wait for the exporter. What is merely refused (4xx) is kept only while half of that is free: a flood of refusals
 must not push out the failures."""
+REFUSED_PER_SECOND: Final = 20
+"""Refusals that are kept of each second. More would be alike, and exporting them would take from a gateway that is too full
+already what answers need."""
 
 _ODD: Final = frozenset("13579bdf")
 
@@ -82,27 +85,37 @@ class Head(Protocol):
         ...
 
 
+class FirstOfSecond:
+    """The first `most` of each second."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._second = -1
+        self._taken = 0
+
+    def take(self, second: int) -> bool:
+        """Whether one that comes in this second is among them; it counts."""
+        if second != self._second:
+            self._second, self._taken = second, 0
+        if self._taken >= self._most:
+            return False
+        self._taken += 1
+        return True
+
+
 class PerSecond:
     """What callers ask for, and the first `most` others of each second."""
 
     retroactive = True
 
     def __init__(self, most: int, clock: Clock) -> None:
-        self._most = most
         self._clock = clock
-        self._second = -1
-        self._taken = 0
+        self._first = FirstOfSecond(most)
 
     def reason(self, trace_id: str, asked: bool | None) -> str:
         if asked:
             return "asked"
-        second = int(self._clock.monotonic())
-        if second != self._second:
-            self._second, self._taken = second, 0
-        if self._taken >= self._most:
-            return ""
-        self._taken += 1
-        return "rate"
+        return "rate" if self._first.take(int(self._clock.monotonic())) else ""
 
 
 class Standard:
@@ -269,6 +282,7 @@ class Recorder:
         self._newly_kept: deque[str] = deque()
         self._news: list[str] = []
         self._dropped = SPANS.labels("dropped")
+        self._refusals = FirstOfSecond(REFUSED_PER_SECOND)
 
     @property
     def waiting(self) -> int:
@@ -304,7 +318,7 @@ class Recorder:
         if not self.retroactive or trace_id in self._kept:
             return
         reason = "failed" if failed else "slow" if spent_ns >= self.slow_ns else "refused" if refused else ""
-        if not reason or (reason == "refused" and self._half_full):
+        if not reason or (reason == "refused" and not self._has_room_for_a_refusal()):
             return
         KEPT.labels(reason).inc()
         self.keep((trace_id,))
@@ -350,6 +364,9 @@ class Recorder:
         self._queue.extend(found[:room])
         if len(found) > room:
             self._dropped.inc(len(found) - room)
+
+    def _has_room_for_a_refusal(self) -> bool:
+        return not self._half_full and self._refusals.take(self.time_ns() // 1_000_000_000)
 
     @property
     def _half_full(self) -> bool:

@@ -16,9 +16,10 @@ import sys
 import time
 from array import array
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import cast
 
 import httptools
@@ -119,12 +120,62 @@ class _Connection(asyncio.Protocol):
         self._load.lost(self)
 
 
-class Load:
-    """Connections to one target, kept between runs; `requests` are taken one after the other, without end. One run at a time."""
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What came for one request; `status` 0: the connection was lost. `seconds`: from when it was due."""
 
-    def __init__(self, port: int, requests: Iterator[bytes]) -> None:
+    request: bytes
+    status: int
+    headers: Mapping[bytes, bytes]
+    body: bytes
+    seconds: float
+
+
+class _Witnessed(_Connection):
+    """Keeps each answer for somebody who looks at it."""
+
+    def __init__(self, load: Load, witness: Callable[[Answer], None]) -> None:
+        super().__init__(load)
+        self._witness = witness
+        self._request = b""
+        self._headers: dict[bytes, bytes] = {}
+        self._body = b""
+
+    def send(self, data: bytes, due: float) -> None:
+        self._request, self._headers, self._body = data, {}, b""
+        super().send(data, due)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._headers[name.lower()] = value
+
+    def on_body(self, body: bytes) -> None:
+        super().on_body(body)
+        self._body += body
+
+    def on_message_complete(self) -> None:
+        self._tell(self._parser.get_status_code())
+        super().on_message_complete()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        if self.busy:
+            self._tell(_NO_ANSWER)
+        super().connection_lost(error)
+
+    def _tell(self, status: int) -> None:
+        seconds = time.perf_counter() - self.due
+        self._witness(Answer(self._request, status, self._headers, self._body, seconds))
+
+
+class Load:
+    """Connections to one target, kept between runs; `requests` are taken one after the other, without end. One run at a time.
+
+    `witness` is told of each answer when it is there.
+    """
+
+    def __init__(self, port: int, requests: Iterator[bytes], witness: Callable[[Answer], None] | None = None) -> None:
         self._port = port
         self._requests = requests
+        self._made: Callable[[], _Connection] = partial(_Witnessed, self, witness) if witness else partial(_Connection, self)
         self._idle: deque[_Connection] = deque()
         self._opened: set[_Connection] = set()
         self._opening: set[asyncio.Task[None]] = set()
@@ -236,7 +287,7 @@ class Load:
     async def _open(self) -> None:
         loop = asyncio.get_running_loop()
         try:
-            _, connection = await loop.create_connection(lambda: _Connection(self), "127.0.0.1", self._port)
+            _, connection = await loop.create_connection(self._made, "127.0.0.1", self._port)
         except OSError as error:
             raise BenchError(f"no connection to 127.0.0.1:{self._port}: {error}") from None
         self._opened.add(connection)
@@ -317,8 +368,8 @@ class _Timer:
 
 
 @asynccontextmanager
-async def loading(port: int, requests: Iterator[bytes]) -> AsyncIterator[Load]:
-    load = Load(port, requests)
+async def loading(port: int, requests: Iterator[bytes], witness: Callable[[Answer], None] | None = None) -> AsyncIterator[Load]:
+    load = Load(port, requests, witness)
     try:
         yield load
     finally:

@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
-import asyncio
 import itertools
+import json
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Awaitable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
-import aiohttp
-
-from tests.bench.load import texts
+from tests.bench.generator import Answer, Load, Run, request
+from tests.bench.load import bodies, texts
+from tests.chaos.kit import Stack
 
 DISTINCT_TEXTS = 30
 
 
 @dataclass(frozen=True, slots=True)
 class Shot:
-    """What one caller saw. `status` 0: the connection failed. Times in seconds, `at` from the start of the load."""
+    """What one caller saw. `status` 0: the connection failed. `latency`: seconds, from when it was due."""
 
-    at: float
     status: int
     latency: float
     correct: bool
     retry_after: str | None
-    error: str = ""
 
 
 @dataclass(slots=True)
@@ -36,6 +35,8 @@ class Volley:
     shots: list[Shot] = field(default_factory=list)
     late: list[float] = field(default_factory=list)
     """How much later than due each was sent, in seconds: the callers' own share of what they see."""
+    own_ms: float = 0.0
+    """Processor time that the callers used for a call: they have the same processors as what they ask."""
 
     @property
     def goodput(self) -> float:
@@ -55,9 +56,9 @@ class Volley:
         for name, statuses in (("verdicts", (200,)), ("refusals", (429, 503))):
             values = " ".join(f"p{share * 100:g} {self.latency(share, *statuses) * 1000:.0f}" for share in (0.5, 0.9, 0.99, 1))
             shown.append(f"{name} {values} ms")
-        if failed := Counter(shot.error for shot in self.shots if shot.error):
-            shown.append(f"failed: {failed.most_common(3)}")
-        shown.append(f"callers late by p99 {percentile(self.late, 0.99) * 1000:.0f} ms")
+        shown.append(
+            f"callers late by p99 {percentile(self.late, 0.99) * 1000:.0f} ms, {self.own_ms:.2f} ms of processor time a call"
+        )
         return "; ".join(shown)
 
 
@@ -67,60 +68,58 @@ def percentile(values: list[float], share: float) -> float:
 
 
 class Callers:
-    """Callers who know what the answer to each text is, since they have asked before the load."""
+    """Callers of `stack` who know what the answer to each text is, since they have asked before the load.
 
-    def __init__(self, session: aiohttp.ClientSession, key: str, timeout_seconds: float) -> None:
-        self.timeout_seconds = timeout_seconds
-        self._session = session
-        self._headers = {"X-API-Key": key, "X-Request-Timeout": str(timeout_seconds)}
-        self._known: dict[str, bool] = {}
+    They cost little themselves, since they have the same processors as what they ask.
+    """
+
+    def __init__(self, stack: Stack, timeout_seconds: float) -> None:
+        headers = {"X-API-Key": stack.key, "X-Request-Timeout": str(timeout_seconds)}
+        asked = bodies(list(itertools.islice(texts(), DISTINCT_TEXTS)))
+        self._requests = [request(stack.port, "/v1/detect", body, headers) for body in asked]
+        self._load = Load(stack.port, itertools.cycle(self._requests), self._see)
+        self._known: dict[bytes, bool] = {}
+        self._shots: list[Shot] = []
 
     async def learn(self) -> None:
-        for text in itertools.islice(texts(), DISTINCT_TEXTS):
-            async with self._session.post("/v1/detect", json={"text": text}, headers=self._headers) as response:
-                document = await response.json()
-                assert response.status == 200, document
-                self._known[text] = document["is_malicious"]
+        """Ask for each text once, one after the other."""
+        while not self._known.keys() >= set(self._requests):
+            volley = await self.closed(1, 0.5)
+            assert set(volley.statuses()) == {200}, volley.summary()
 
     async def closed(self, callers: int, seconds: float) -> Volley:
         """So many callers, each of whom waits for its answer before it asks again: the peak."""
-        volley, supply = Volley(seconds), self._supply()
-        began = time.monotonic()
-
-        async def caller() -> None:
-            while time.monotonic() < began + seconds:
-                await self._ask(next(supply), volley, began)
-
-        await asyncio.gather(*(caller() for _ in range(callers)))
-        volley.seconds = time.monotonic() - began
-        return volley
+        return await self._volley(self._load.closed(callers, seconds))
 
     async def open(self, rate: float, seconds: float) -> Volley:
         """`rate` requests a second, whatever becomes of them; returns when the last has been answered."""
-        volley, supply = Volley(seconds), self._supply()
-        began = time.monotonic()
-        async with asyncio.TaskGroup() as group:
-            for number in range(int(rate * seconds)):
-                due = began + number / rate
-                if (ahead := due - time.monotonic()) > 0:
-                    await asyncio.sleep(ahead)
-                volley.late.append(time.monotonic() - due)
-                group.create_task(self._ask(next(supply), volley, began))
-            volley.seconds = max(seconds, time.monotonic() - began)
-        return volley
+        return await self._volley(self._load.open([number / rate for number in range(int(rate * seconds))]))
 
-    def _supply(self) -> Iterator[str]:
-        return itertools.cycle(self._known)
+    async def close(self) -> None:
+        await self._load.close()
 
-    async def _ask(self, text: str, volley: Volley, began: float) -> None:
-        sent = time.monotonic()
-        status, correct, retry_after, error = 0, True, None, ""
-        try:
-            async with self._session.post("/v1/detect", json={"text": text}, headers=self._headers) as response:
-                document = await response.json(content_type=None)
-                status, retry_after = response.status, response.headers.get("retry-after")
-                if status == 200:
-                    correct = document["is_malicious"] is self._known[text]
-        except (aiohttp.ClientError, TimeoutError, ValueError) as failure:
-            error = type(failure).__name__ + str(failure)[:80]
-        volley.shots.append(Shot(sent - began, status, time.monotonic() - sent, correct, retry_after, error))
+    def _see(self, answer: Answer) -> None:
+        correct = True
+        if answer.status == 200:
+            said = json.loads(answer.body)["is_malicious"]
+            correct = said is self._known.setdefault(answer.request, said)
+        retry_after = answer.headers.get(b"retry-after")
+        self._shots.append(Shot(answer.status, answer.seconds, correct, retry_after.decode() if retry_after else None))
+
+    async def _volley(self, work: Awaitable[Run]) -> Volley:
+        self._shots = []
+        used = time.process_time()
+        run = await work
+        own_ms = (time.process_time() - used) * 1000 / max(1, len(self._shots))
+        return Volley(run.seconds, self._shots, [late / 1000 for late in run.late], own_ms)
+
+
+@asynccontextmanager
+async def calling(stack: Stack, timeout_seconds: float) -> AsyncIterator[Callers]:
+    """Callers of `stack` who have learnt what the answers are."""
+    callers = Callers(stack, timeout_seconds)
+    try:
+        await callers.learn()
+        yield callers
+    finally:
+        await callers.close()

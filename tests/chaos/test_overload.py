@@ -17,8 +17,8 @@ from collections.abc import Mapping
 from prometheus_client.parser import text_string_to_metric_families
 
 from libs.common.retries import FLOOR_PER_SECOND, SHARE
-from tests.chaos.kit import Stack, callers, wait_for_detection
-from tests.chaos.overload import Callers, Volley
+from tests.chaos.kit import Stack, wait_for_detection
+from tests.chaos.overload import Callers, Volley, calling
 
 LONG_SECONDS = float(os.environ.get("PORTCULLIS_TEST_OVERLOAD_SECONDS", "0"))
 DEADLINE_SECONDS = 10.0 if LONG_SECONDS else 3.0
@@ -64,9 +64,7 @@ async def _normal_again(load: Callers, rate: float) -> tuple[float, Volley]:
 
 async def test_twice_the_capacity_is_done_as_well_as_can_be_and_the_rest_refused_at_once(stack: Stack) -> None:
     wait_for_detection(stack, 30)
-    async with callers(stack) as session:
-        load = Callers(session, stack.key, DEADLINE_SECONDS)
-        await load.learn()
+    async with calling(stack, DEADLINE_SECONDS) as load:
         await load.closed(PEAK_CALLERS, 1.0)  # warm
         peak = await load.closed(PEAK_CALLERS, PEAK_SECONDS)
         calm = await load.open(0.2 * peak.goodput, 2.0)

@@ -14,7 +14,18 @@ from libs.common import hops, telemetry, tracing
 from libs.common.clock import ManualClock
 from libs.common.context import RequestContext, new_traceparent
 from libs.common.errors import ErrorCode, PortcullisError
-from libs.common.tracing import CLIENT, CONSUMER, SERVER, Attributes, Event, PerSecond, Recorder, Span, Standard
+from libs.common.tracing import (
+    CLIENT,
+    CONSUMER,
+    REFUSED_PER_SECOND,
+    SERVER,
+    Attributes,
+    Event,
+    PerSecond,
+    Recorder,
+    Span,
+    Standard,
+)
 
 CALLER = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-"
 TRACE = CALLER[3:35]
@@ -137,6 +148,20 @@ def test_a_refusal_is_kept_while_there_is_room(recorder: Recorder) -> None:
     failed.fail("503")
     failed.end()
     assert recorder.news() == (failed.traceparent[3:35],)
+
+
+def test_of_many_refusals_the_first_of_each_second_are_kept(recorder: Recorder, time: Time) -> None:
+    def refuse() -> None:
+        root = tracing.root("refused", SERVER)
+        root.refused = True
+        root.end()
+
+    for _ in range(3 * REFUSED_PER_SECOND):
+        refuse()
+    assert len(recorder.news()) == REFUSED_PER_SECOND
+    time.advance_ms(1000)
+    refuse()
+    assert len(recorder.news()) == 1
 
 
 def test_what_a_caller_asks_for_is_kept_from_the_beginning(recorder: Recorder) -> None:
