@@ -1,9 +1,9 @@
 """Many texts in one call: read, charged, judged and answered as a stream, a bounded number of them at a time.
 
-A JSON list is charged whole, before anything is judged. NDJSON is read as it arrives and charged a message at a time, so that an
-upload may be of any length: what is in memory are the items under way, one message that waits for its turn, and the piece that
-was read last. Nothing more is read while enough is under way, and an item is under way until its line has been written: a slow
-reader slows the work down.
+A JSON list is charged whole, before anything is judged. NDJSON is read as it arrives and charged in slices, so that an upload may
+be of any length: what is in memory are the items under way, what is left of one slice, and the piece that was read last. Nothing
+more is read while enough is under way, and an item is under way until its line has been written: a slow reader slows the work
+down.
 
 Once the status is sent, nothing can be refused any more. What goes wrong with an item is a line; what ends the stream is a line,
 too, that says from which item on nothing was judged or charged.
@@ -64,23 +64,21 @@ Later = Callable[[Request], Awaitable[Response]]
 
 
 class Feed(Protocol):
-    """Where items come from. `prepaid`: they have been charged already."""
+    """Where items come from."""
 
-    prepaid: bool
     next_index: int
     """The place of the item that comes next."""
 
     async def take(self, most: int, characters: int) -> list[Entry]:
         """Some items, as soon as there are any; none at the end.
 
-        Raises `PortcullisError` when there will be no more for another reason, `ClientDisconnect` when the caller has gone.
+        Raises `PortcullisError` or `Refused` when there will be no more for another reason, `ClientDisconnect` when the caller
+        has gone.
         """
         ...
 
 
 class ListFeed:
-    prepaid = True
-
     def __init__(self, entries: list[Entry]) -> None:
         self.next_index = 0
         self._entries = entries
@@ -95,11 +93,38 @@ class ListFeed:
         self.next_index += taken
         return self._entries[start : self.next_index]
 
+    @property
+    def left(self) -> int:
+        return len(self._entries) - self.next_index
+
+
+class ChargedFeed:
+    """Charges the items of `feed` in slices: at first a single one, and twice as many each time, so that a small key gets as far
+    as it can, and a long upload is not held up by asking."""
+
+    def __init__(self, feed: NdjsonFeed, charge: Callable[[int], Awaitable[None]]) -> None:
+        self.next_index = 0
+        self.ended = feed.ended
+        self._feed = feed
+        self._charge = charge
+        self._slice = 1
+        self._charged = ListFeed([])
+
+    async def take(self, most: int, characters: int) -> list[Entry]:
+        if not self._charged.left:
+            entries = await self._feed.take(self._slice, items.MAX_CHARGED_CHARACTERS)
+            if units := sum(entry.error is None for entry in entries):
+                await self._charge(units)
+            self._slice = min(items.MAX_CHARGED, 2 * self._slice)
+            self._charged = ListFeed(entries)
+        entries = await self._charged.take(most, characters)
+        self.next_index += len(entries)
+        return entries
+
 
 class NdjsonFeed:
-    """`most_items` None: any number; a line of more than `most_bytes` becomes an error, and none of it is kept."""
-
-    prepaid = False
+    """Items as they arrive, nothing charged. `most_items` None: any number; a line of more than `most_bytes` becomes an error,
+    and none of it is kept."""
 
     def __init__(
         self, receive: Receive, stop: asyncio.Event, *, most_bytes: int, most_items: int | None, idle_seconds: float
@@ -211,7 +236,7 @@ class Batches:
             stack.callback(self._ended)
             desk = Desk(self._stages, call, credential, seconds)
             ndjson = items.is_ndjson(call.headers)
-            feed, config = await (self._upload(request, media_type) if ndjson else self._list(request, desk, stack))
+            feed, config = await (self._upload(request, desk, media_type) if ndjson else self._list(request, desk, stack))
             run = Run(desk, feed, config, self._stopping, media_type)
             await run.begin()
             return BatchResponse(run, stack.pop_all(), media_type, idle_seconds=self._idle_seconds)
@@ -233,7 +258,7 @@ class Batches:
         await desk.charge(len(entries))
         return ListFeed(entries), decoded.config or DetectConfig()
 
-    async def _upload(self, request: Request, media_type: str) -> tuple[Feed, DetectConfig]:
+    async def _upload(self, request: Request, desk: Desk, media_type: str) -> tuple[Feed, DetectConfig]:
         headers = call_of(request.scope).headers
         core.require_no_encoding(headers)
         config = core.query_config(request.query_params)
@@ -244,7 +269,7 @@ class Batches:
             most_items=items.MAX_LIST if media_type == items.JSON else None,
             idle_seconds=self._idle_seconds,
         )
-        return feed, config
+        return ChargedFeed(feed, desk.charge), config
 
 
 class Desk:
@@ -361,12 +386,8 @@ class Run:
             tracing.refuse()
 
     async def _take(self) -> list[Entry]:
-        """The next items; what has a text has been charged."""
-        entries = await self.feed.take(self._pace.size, items.MAX_CHARACTERS)
-        units = sum(entry.error is None for entry in entries)
-        if units and not self.feed.prepaid:
-            await self.desk.charge(units)
-        return entries
+        """The next items."""
+        return await self.feed.take(self._pace.size, items.MAX_CHARACTERS)
 
     def _send_off(self, entries: list[Entry], group: asyncio.TaskGroup) -> None:
         characters = sum(len(entry.text) for entry in entries)
@@ -500,7 +521,7 @@ class BatchResponse(Response):
 
     async def _hung_up(self, receive: Receive) -> None:
         """ASGI's own way, which works once the body has been read."""
-        if isinstance(self._run.feed, NdjsonFeed):
+        if isinstance(self._run.feed, ChargedFeed):
             await self._run.feed.ended.wait()
         while (await receive())["type"] != "http.disconnect":
             pass

@@ -27,6 +27,10 @@ MAX_ITEMS = 64
 """Items that go to the proxy in one message."""
 MAX_CHARACTERS = 32_000
 """Characters of one message, unless a single text is longer: half a second of a worker's time."""
+MAX_CHARGED = 128
+MAX_CHARGED_CHARACTERS = 4 * MAX_CHARACTERS
+"""What of an upload is charged at a time. To ask the limits costs as much as half a text; and who leaves has paid for no more
+than this in vain."""
 MAX_UNDER_WAY = 1024
 MAX_CHARACTERS_UNDER_WAY = 512_000
 

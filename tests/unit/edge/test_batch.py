@@ -177,11 +177,12 @@ async def test_a_body_that_is_too_large_is_refused(stages: FakeStages) -> None:
 # --- NDJSON --------------------------------------------------------------------------------------------------------------
 
 
-async def test_lines_are_charged_as_they_are_judged(client: httpx.AsyncClient, stages: FakeStages) -> None:
+async def test_lines_are_charged_in_growing_slices(client: httpx.AsyncClient, stages: FakeStages) -> None:
     texts = [f"text {number}" for number in range(500)]
     results, summary = read(await client.post("/v1/detect/batch", content=lines(*texts), headers=LINES))
     assert [line["id"] for line in results] == [f"id{number}" for number in range(500)]
-    assert charged(stages) == [len(message.texts) for message in asked(stages, subjects.BATCH_ITEMS)]
+    assert charged(stages) == [1, 2, 4, 8, 16, 32, 64, 128, 128, 117]
+    assert sum(len(message.texts) for message in asked(stages, subjects.BATCH_ITEMS)) == 500
     assert sum(charged(stages)) == 500
     assert (summary["total"], summary["complete"]) == (500, True)
 
