@@ -133,16 +133,26 @@ class Batcher:
             self._expected_tokens -= tokens
 
     async def score(self, rows: list[Ids], *, urgent: bool = True, seconds: float = math.inf) -> Scores:
-        """Scores of `rows` (at least one), in their order.
+        """Scores of `rows` (at least one), in their order. Raises as `submit`, or whatever the engine raised.
 
-        Raises `Busy` at once when they would hardly be there within `seconds`, or whatever the engine raised. A request is taken
-        whole, so the queue may stand above its bound by one request. When the caller is cancelled, its windows that still wait
-        are dropped.
+        When the caller is cancelled, its windows that still wait are dropped.
+        """
+        request = self.submit(rows, urgent=urgent, seconds=seconds)
+        try:
+            return await request.done
+        finally:
+            self._trace(request)
+
+    def submit(self, rows: list[Ids], *, urgent: bool = True, seconds: float = math.inf) -> Request:
+        """Let `rows` wait for a session. Whoever loses interest cancels `done`.
+
+        Raises `Busy` when they would hardly be scored within `seconds`. A request is taken whole, so the queue may stand above
+        its bound by one request.
         """
         self.check(seconds, urgent=urgent)
         tokens = sum(map(len, rows))
-        request = Request(len(rows), np.empty(len(rows), np.float32), None, asyncio.get_running_loop().create_future())
         now = self._clock.monotonic()
+        request = Request(len(rows), np.empty(len(rows), np.float32), None, asyncio.get_running_loop().create_future(), now)
         queue = self._urgent if urgent else self._patient
         for index, ids in enumerate(rows):
             queue.add(Item(request, index, ids, now, urgent))
@@ -150,18 +160,15 @@ class Batcher:
         self._urgent_tokens += tokens if urgent else 0
         self._waiting_requests += 1
         self._work.set()
-        try:
-            return await request.done
-        finally:
-            self._trace(request, now)
+        return request
 
-    def _trace(self, request: Request, since: float) -> None:
+    def _trace(self, request: Request) -> None:
         """The steps of a request that has been scored, or has failed."""
         if request.taken is None or request.done.cancelled():
             return
         now = self._clock.monotonic()
         error = request.done.exception()
-        tracing.record("queue", request.taken - since, ago=now - request.taken, own=_FOR_A_SESSION)
+        tracing.record("queue", request.taken - request.since, ago=now - request.taken, own=_FOR_A_SESSION)
         tracing.record(
             "inference",
             now - request.taken,

@@ -9,8 +9,9 @@ import asyncio
 import math
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -21,17 +22,20 @@ from tokenizers import Encoding
 
 from libs.common import tracing
 from services.fallback_model import characters, metrics
-from services.fallback_model.batcher import Batcher
+from services.fallback_model.batcher import Batcher, Busy
 from services.fallback_model.engine import ModelCard, ModelError, Scores, Session, load_tokenizer, read_card
 from services.fallback_model.labels import THREATS, ThreatName
 from services.fallback_model.lexicon import Lexicon
 from services.fallback_model.normalise import Normalised, View, normalise
+from services.fallback_model.queue import Request
 from services.fallback_model.windows import Ids, Window, Windower
 from services.fallback_model.windows import characters as window_characters
 
 _FOR_A_THREAD: Final = (("portcullis.queue", "prepare"),)
 MOST_SPANS: Final = 5
 MOST_URGENT_WINDOWS: Final = 16
+_PREPARED_TOGETHER: Final = 8
+"""Texts of a bulk message: a few milliseconds of work, after which the sessions have something to do."""
 _MOST_SENTENCES: Final = 24
 _LEARNING: Final = 0.05
 DISGUISED_DISCOUNT: Final = 3.0
@@ -118,6 +122,19 @@ class Prepared:
     timings: dict[str, float]
     began: float = 0.0
     """When its preparation began, by `time.perf_counter`."""
+
+    @property
+    def urgent(self) -> bool:
+        """A long document waits for its turn: its hundreds of windows would hold up every short text."""
+        return len(self.rows) <= MOST_URGENT_WINDOWS
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """What became of one text of many, and after how many seconds."""
+
+    outcome: Detection | Exception
+    seconds: float
 
 
 class Model:
@@ -329,39 +346,110 @@ class Detector:
         bulk_threads = ThreadPoolExecutor(1, thread_name_prefix="prepare-bulk")
         self._bulk = _Lane(make_bulk_batcher(model), bulk_threads)
 
-    async def detect(self, text: str, *, detailed: bool = False, bulk: bool = False, seconds: float = math.inf) -> Detection:
+    async def detect(self, text: str, *, detailed: bool = False, seconds: float = math.inf) -> Detection:
         """Judges one text within `seconds`, after which the caller cancels it.
 
         Raises `Busy` at once when its queue is full or it would be late; a failure is an exception, never a verdict.
         """
-        lane = self._bulk if bulk else self._single
-        batcher = lane.batcher
-        batcher.check(seconds)
-        loop = asyncio.get_running_loop()
+        lane = self._single
+        lane.batcher.check(seconds)
         began = time.perf_counter()
-        with batcher.expecting(len(text) * lane.tokens_per_character):
-            prepared = await loop.run_in_executor(lane.threads, self.model.prepare, text)
+        with lane.expecting((text,)):
+            prepared = await asyncio.get_running_loop().run_in_executor(lane.threads, self.model.prepare, text)
         ready = time.perf_counter()
-        lane.learn(text, prepared)
-        metrics.NORMALISE.observe(prepared.timings["normalise"] / 1000)
-        metrics.TOKENISE.observe(prepared.timings["tokenise"] / 1000)
+        lane.learn(prepared)
         tracing.record("queue", prepared.began - began, ago=ready - prepared.began, own=_FOR_A_THREAD)
         tracing.record("tokenize", ready - prepared.began, own=(("portcullis.normalise_ms", prepared.timings["normalise"]),))
-        # A long document waits for its turn: its hundreds of windows would hold up every short text.
-        urgent = len(prepared.rows) <= MOST_URGENT_WINDOWS
-        scores = await batcher.score(prepared.rows, urgent=urgent, seconds=seconds - (ready - began))
+        scores = await lane.batcher.score(prepared.rows, urgent=prepared.urgent, seconds=seconds - (ready - began))
+        return await self._judged(lane, prepared, scores, began, ready, detailed=detailed)
+
+    async def detect_many(self, texts: Sequence[str], *, detailed: bool = False, seconds: float = math.inf) -> list[Judged]:
+        """Judges many texts side by side, as bulk work. What becomes of one is no matter of the others: where `detect` would
+        have raised an exception, that is its outcome."""
+        parts = (texts[start : start + _PREPARED_TOGETHER] for start in range(0, len(texts), _PREPARED_TOGETHER))
+        judged = await asyncio.gather(*(self._detect_part(part, detailed=detailed, seconds=seconds) for part in parts))
+        return [each for part in judged for each in part]
+
+    async def _detect_part(self, texts: Sequence[str], *, detailed: bool, seconds: float) -> list[Judged]:
+        """Texts that are prepared in one go: to hand each to a thread by itself costs as much as to prepare it."""
+        tracing.enter("")  # a task of its own; the steps of each text would be more than all the rest of the trace
+        lane = self._bulk
+        began = time.perf_counter()
+        try:
+            lane.batcher.check(seconds)
+        except Busy as busy:
+            return [Judged(busy, 0.0)] * len(texts)
+        with lane.expecting(texts):
+            prepared = await asyncio.get_running_loop().run_in_executor(lane.threads, self._prepare_each, texts)
+        ready = time.perf_counter()
+        waiting = [self._submitted(lane, each, seconds - (ready - began)) for each in prepared]
+
+        async def judge(one: Prepared | Exception, request: Request | Exception) -> Judged:
+            try:
+                detection = await self._finished(lane, one, request, began, ready, detailed=detailed)
+            except Exception as error:  # noqa: BLE001  # whatever it is, it is this text's outcome
+                return Judged(error, time.perf_counter() - began)
+            return Judged(detection, time.perf_counter() - began)
+
+        judging = map(judge, prepared, waiting)
+        try:
+            # Only what is explained asks the model again, and that one text need not wait for another.
+            return await asyncio.gather(*judging) if detailed else [await each for each in judging]
+        finally:
+            for request in waiting:
+                if not isinstance(request, Exception):
+                    request.done.cancel()
+
+    def _prepare_each(self, texts: Sequence[str]) -> list[Prepared | Exception]:
+        prepared: list[Prepared | Exception] = []
+        for text in texts:
+            try:
+                prepared.append(self.model.prepare(text))
+            except Exception as error:  # noqa: BLE001  # handed to whoever asked for this text
+                prepared.append(error)
+        return prepared
+
+    def _submitted(self, lane: _Lane, prepared: Prepared | Exception, seconds: float) -> Request | Exception:
+        if isinstance(prepared, Exception):
+            return prepared
+        lane.learn(prepared)
+        try:
+            return lane.batcher.submit(prepared.rows, urgent=prepared.urgent, seconds=seconds)
+        except Busy as busy:
+            return busy
+
+    async def _finished(
+        self,
+        lane: _Lane,
+        prepared: Prepared | Exception,
+        request: Request | Exception,
+        began: float,
+        ready: float,
+        *,
+        detailed: bool,
+    ) -> Detection:
+        if isinstance(prepared, Exception):
+            raise prepared
+        if isinstance(request, Exception):
+            raise request
+        return await self._judged(lane, prepared, await request.done, began, ready, detailed=detailed)
+
+    async def _judged(
+        self, lane: _Lane, prepared: Prepared, scores: Scores, began: float, ready: float, *, detailed: bool
+    ) -> Detection:
         scored = time.perf_counter()
         detection = self.model.judge(prepared, scores)
-        metrics.count_text(bulk=bulk, truncated=detection.coverage.truncated)
+        metrics.count_text(bulk=lane is self._bulk, truncated=detection.coverage.truncated)
         if not detailed:
             return detection
         logits: list[float] = []
         rows: list[Ids] = []
         sentences: list[tuple[int, int]] = []
         if detection.probability >= detection.threshold:
+            loop = asyncio.get_running_loop()
             rows, sentences = await loop.run_in_executor(lane.threads, self.model.sentences, prepared, scores)
         if rows:
-            logits = (await batcher.score(rows, urgent=urgent)).logits.tolist()
+            logits = (await lane.batcher.score(rows, urgent=prepared.urgent)).logits.tolist()
         timings = {"waited": round((ready - began) * 1000 - sum(prepared.timings.values()), 3), "model": _ms(ready, scored)}
         if rows:
             timings["narrow"] = _ms(scored, time.perf_counter())
@@ -391,7 +479,13 @@ class _Lane:
     threads: ThreadPoolExecutor
     tokens_per_character: float = 0.25
 
-    def learn(self, text: str, prepared: Prepared) -> None:
+    def expecting(self, texts: Sequence[str]) -> AbstractContextManager[None]:
+        """While `texts` are being prepared, their tokens count as if they waited already."""
+        return self.batcher.expecting(sum(map(len, texts)) * self.tokens_per_character)
+
+    def learn(self, prepared: Prepared) -> None:
         """What became of a text is what may be expected of the next."""
         tokens = sum(map(len, prepared.rows))
-        self.tokens_per_character += _LEARNING * (tokens / max(1, len(text)) - self.tokens_per_character)
+        self.tokens_per_character += _LEARNING * (tokens / max(1, len(prepared.text)) - self.tokens_per_character)
+        metrics.NORMALISE.observe(prepared.timings["normalise"] / 1000)
+        metrics.TOKENISE.observe(prepared.timings["tokenise"] / 1000)

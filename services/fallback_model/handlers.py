@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
-import time
 
 from libs.common import tracing
 from libs.common.clock import Clock
@@ -24,7 +22,7 @@ from libs.common.contracts import (
 from libs.common.errors import CATALOGUE, ErrorCode, PortcullisError
 from libs.common.stages import Answer, Outcome
 from services.fallback_model.batcher import Busy
-from services.fallback_model.detector import Detection, Detector
+from services.fallback_model.detector import Detection, Judged
 from services.fallback_model.swap import Slot
 
 log = logging.getLogger(__name__)
@@ -44,42 +42,32 @@ async def detect(request: ModelRequest, context: RequestContext, slot: Slot, clo
 
 async def detect_many(request: ModelItems, context: RequestContext, slot: Slot, clock: Clock) -> Outcome:
     """Judges many texts side by side, as bulk work. What becomes of one text is no matter of the others."""
-    seconds = context.remaining_seconds(clock)
     async with slot.use() as detector:
-        judging = (
-            _traced_item(detector, index, text, detailed=request.detailed, seconds=seconds)
-            for index, text in enumerate(request.texts)
-        )
-        results = await asyncio.gather(*judging)
+        judged = await detector.detect_many(request.texts, detailed=request.detailed, seconds=context.remaining_seconds(clock))
+    results = tuple(_item(index, each, detailed=request.detailed) for index, each in enumerate(judged))
     tracing.annotate("portcullis.items", len(results))
     scored = [each.result.coverage.tokens for each in results if each.result is not None]
     tracing.annotate("portcullis.tokens", sum(scored))
-    return Answer(ModelItemResults(results=tuple(results)))
+    return Answer(ModelItemResults(results=results))
 
 
-async def _traced_item(detector: Detector, index: int, text: str, *, detailed: bool, seconds: float) -> ModelItemResult:
-    """One of many: a span only when it fails or is slow. The steps of each would be more than all the rest of the trace."""
-    message, began = tracing.here(), time.perf_counter()
-    tracing.enter("")
-    result = await _item(detector, text, detailed=detailed, seconds=seconds)
-    tracing.enter(message)
-    spent = time.perf_counter() - began
-    if result.error is not None or tracing.is_slow(spent):
+def _item(index: int, judged: Judged, *, detailed: bool) -> ModelItemResult:
+    """One of many; it has a span only when it failed or was slow."""
+    result = _result(judged.outcome, detailed=detailed)
+    if result.error is not None or tracing.is_slow(judged.seconds):
         error = result.error.code if result.error is not None else ""
-        tracing.record("item", spent, own=(("portcullis.item.index", index),), error=error)
+        tracing.record("item", judged.seconds, own=(("portcullis.item.index", index),), error=error)
     return result
 
 
-async def _item(detector: Detector, text: str, *, detailed: bool, seconds: float) -> ModelItemResult:
-    try:
-        detection = await detector.detect(text, detailed=detailed, bulk=True, seconds=seconds)
-    except Busy:
+def _result(outcome: Detection | Exception, *, detailed: bool) -> ModelItemResult:
+    if isinstance(outcome, Busy):
         return ModelItemResult(error=_error(ErrorCode.OVERLOADED))
-    except Exception:
+    if isinstance(outcome, Exception):
         # As in a stage: a bug is answered like any other failure, and told to the log. The other texts go on.
-        log.exception("a text of many failed")
+        log.error("a text of many failed", exc_info=outcome)
         return ModelItemResult(error=_error(ErrorCode.INTERNAL))
-    return ModelItemResult(result=to_message(detection, detailed=detailed))
+    return ModelItemResult(result=to_message(outcome, detailed=detailed))
 
 
 def _error(code: ErrorCode) -> ErrorBody:

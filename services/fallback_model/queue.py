@@ -19,12 +19,13 @@ _SLACK: Final = 16
 
 @dataclass(eq=False)
 class Request:
-    """The windows of one text. `left`: those that have no score yet."""
+    """The windows of one text, which wait since `since`. `left`: those that have no score yet."""
 
     left: int
     logits: np.ndarray
     threats: np.ndarray | None
     done: Future[Scores]
+    since: float
     begun: bool = False
     taken: float | None = None
     """When its first window left the queue."""

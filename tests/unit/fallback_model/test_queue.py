@@ -15,7 +15,7 @@ MOST_TOKENS = 100
 
 
 def item(length: int, done: asyncio.Future[Scores]) -> Item:
-    request = Request(1, np.empty(1, np.float32), None, done)
+    request = Request(1, np.empty(1, np.float32), None, done, since=0.0)
     return Item(request, 0, np.zeros(length, np.int64), since=0.0, urgent=True)
 
 
