@@ -75,9 +75,14 @@ class Batcher:
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
         *,
         begin_thread: Callable[[], None] | None = None,
+        ahead: int = 0,
         lane: str = "single",
     ) -> None:
-        """`begin_thread` is called first in each thread that runs batches. `lane`: for the metrics, see there."""
+        """`begin_thread` is called first in each thread that runs batches. `lane`: for the metrics, see there.
+
+        `ahead`: batches that are ready before a thread is, at most one for each runner, which must bear two threads then. No
+        thread waits for its next batch so; what comes later cannot be in it any more.
+        """
         self._limits = limits
         self._clock = clock
         self._sleep = sleep
@@ -94,7 +99,7 @@ class Batcher:
         self._closing = False
         self._patient_turn = False
         self._threads = ThreadPoolExecutor(len(runners), thread_name_prefix="infer", initializer=begin_thread)
-        self._tasks = [asyncio.create_task(self._serve(runner)) for runner in runners]
+        self._tasks = [asyncio.create_task(self._serve(runner)) for runner in (*runners, *runners[:ahead])]
 
     @property
     def queued_tokens(self) -> int:

@@ -70,6 +70,23 @@ async def occupied(batcher: Batcher, runner: FakeRunner, tokens: int = 10) -> as
     return task
 
 
+async def test_a_batch_is_ready_before_the_thread_is(runner: FakeRunner, clock: ManualClock) -> None:
+    batcher = Batcher([runner], Limits(batch_tokens=10), clock, no_wait, ahead=1)
+    first = await occupied(batcher, runner)
+    second = asyncio.create_task(batcher.score(rows(10)))
+    await asyncio.sleep(0)
+    while batcher.waiting_requests:
+        await asyncio.sleep(0.001)
+    third = asyncio.create_task(batcher.score(rows(10)))
+    for _ in range(10):  # it had all the opportunity to leave the queue
+        await asyncio.sleep(0)
+    assert (batcher.waiting_requests, runner.batches) == (1, []), "one is scored, one is ready, and no more"
+    runner.gate.set()
+    await asyncio.gather(first, second, third)
+    assert runner.batches == [[10]] * 3
+    await batcher.close()
+
+
 async def test_scores_come_back_in_the_order_of_the_rows(batcher: Batcher) -> None:
     scores = await batcher.score(rows(5, 80, 6, 7, 90, 5))
     assert scores.logits.tolist() == [0, 1, 2, 3, 4, 5]
