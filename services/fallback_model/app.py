@@ -29,7 +29,7 @@ _PREPARING_THREADS = 2
 _MAX_IN_FLIGHT = 1024
 _MAX_BULK_IN_FLIGHT = 16
 """Messages with many texts: enough to find texts of like length for a batch, and no more than a second or two of work."""
-_BULK_AHEAD = 1
+_AHEAD = 1
 """A thread that scores would sleep between two batches, which was one twentieth of the time."""
 
 
@@ -51,13 +51,13 @@ async def load_detector(settings: FallbackModelSettings) -> Detector:
     )
     return Detector(
         model,
-        lambda loaded: Batcher(list(loaded.sessions), limits, SystemClock()),
+        lambda loaded: Batcher(list(loaded.sessions), limits, SystemClock(), ahead=_AHEAD),
         lambda loaded: Batcher(
             list(loaded.sessions),
             bulk_limits,
             SystemClock(),
             begin_thread=processors.give_way,
-            ahead=_BULK_AHEAD,
+            ahead=_AHEAD,
             lane="bulk",
         ),
         _PREPARING_THREADS,

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
+import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -64,6 +65,16 @@ class Limits:
     overtaken_seconds: float = 0.5
 
 
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """A batch that has been scored in `seconds`. `occupied_seconds`: for how long a thread did nothing else, the time included in
+    which it waited for a processor: on a busy machine that is much of it."""
+
+    scores: Scores
+    seconds: float
+    occupied_seconds: float
+
+
 class Batcher:
     """Create it in the event loop that uses it."""
 
@@ -80,8 +91,8 @@ class Batcher:
     ) -> None:
         """`begin_thread` is called first in each thread that runs batches. `lane`: for the metrics, see there.
 
-        `ahead`: batches that are ready before a thread is, at most one for each runner, which must bear two threads then. No
-        thread waits for its next batch so; what comes later cannot be in it any more.
+        `ahead`: full batches that are ready before a thread is, at most one for each runner, which must bear two threads then.
+        No thread has to wait for its next batch so, when there is enough to do.
         """
         self._limits = limits
         self._clock = clock
@@ -98,8 +109,12 @@ class Batcher:
         self._work = asyncio.Event()
         self._closing = False
         self._patient_turn = False
+        self._thread = threading.local()
+        """`free`: when this thread has scored its last batch."""
+        self._sessions = len(runners)
         self._threads = ThreadPoolExecutor(len(runners), thread_name_prefix="infer", initializer=begin_thread)
-        self._tasks = [asyncio.create_task(self._serve(runner)) for runner in (*runners, *runners[:ahead])]
+        self._tasks = [asyncio.create_task(self._serve(runner)) for runner in runners]
+        self._tasks += [asyncio.create_task(self._serve(runner, least_tokens=limits.batch_tokens)) for runner in runners[:ahead]]
 
     @property
     def queued_tokens(self) -> int:
@@ -126,7 +141,7 @@ class Batcher:
         What is being scored counts as a whole: half of it is done, and the request's own batch is about as much as that half.
         """
         ahead = self._expected_tokens + self._running_tokens + (self._urgent_tokens if urgent else self._queued_tokens)
-        return self._speed.seconds_for(ahead) / len(self._tasks)
+        return self._speed.seconds_for(ahead) / self._sessions
 
     @contextlib.contextmanager
     def expecting(self, tokens: float) -> Iterator[None]:
@@ -188,16 +203,15 @@ class Batcher:
         await asyncio.gather(*self._tasks)
         self._threads.shutdown(wait=False)
 
-    async def _serve(self, runner: Runner) -> None:
+    async def _serve(self, runner: Runner, least_tokens: int = 0) -> None:
+        """Make batches while anything waits, or so many tokens, and see each through."""
         loop = asyncio.get_running_loop()
-        began = self._clock.monotonic()
         while True:
-            while not self._urgent and not self._patient:
+            while not (self._urgent or self._patient) or self._queued_tokens < least_tokens:
                 if self._closing:
                     return
                 self._work.clear()
                 await self._work.wait()
-                began = self._clock.monotonic()
             if self._queued_tokens < self._limits.batch_tokens and self._limits.wait_seconds > 0 and not self._closing:
                 await self._sleep(self._limits.wait_seconds)
             batch = self._gather()
@@ -208,21 +222,27 @@ class Batcher:
             tokens = sum(len(item.ids) for item in batch)
             self._running_tokens += tokens
             try:
-                scores, seconds = await loop.run_in_executor(self._threads, _run, runner, [item.ids for item in batch])
+                rows = [item.ids for item in batch]
+                scored = await loop.run_in_executor(self._threads, self._run, runner, rows, self._clock.monotonic())
             except Exception as error:  # noqa: BLE001  # handed to those who asked, whatever it is; the worker goes on
                 for item in batch:
                     if not item.request.done.done():
                         item.request.done.set_exception(error)
-                began = self._clock.monotonic()
                 continue
             finally:
                 self._running_tokens -= tokens
-            self._metrics.scored(seconds)
-            self._deliver(batch, scores)
-            # The whole round, and not the scoring alone: on a busy machine much of it is waiting for a processor.
-            ended = self._clock.monotonic()
-            self._measure(batch, ended - began)
-            began = ended
+            self._metrics.scored(scored.seconds)
+            self._deliver(batch, scored.scores)
+            self._measure(batch, scored.occupied_seconds)
+
+    def _run(self, runner: Runner, rows: list[Ids], ready: float) -> Scored:
+        """In one of the threads; `ready`: since when the batch has been waiting for it."""
+        free = getattr(self._thread, "free", -math.inf)
+        began = time.perf_counter()
+        scores = runner.run(rows)
+        seconds = time.perf_counter() - began
+        self._thread.free = self._clock.monotonic()
+        return Scored(scores, seconds, self._thread.free - max(ready, free))
 
     def _measure(self, batch: list[Item], seconds: float) -> None:
         tokens = sum(len(item.ids) for item in batch)
@@ -273,10 +293,3 @@ class Batcher:
             request.left -= 1
             if request.left == 0:
                 request.done.set_result(Scores(request.logits, request.threats))
-
-
-def _run(runner: Runner, rows: list[Ids]) -> tuple[Scores, float]:
-    """Scores, and the seconds that they took: measured in the thread, without the way there."""
-    began = time.perf_counter()
-    scores = runner.run(rows)
-    return scores, time.perf_counter() - began

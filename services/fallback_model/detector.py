@@ -304,8 +304,10 @@ def _is_disguised(view: View, encoding: Encoding, window: Window, undone: NDArra
     """True where another view shows most of a window undone."""
     if view.disguised:
         return True
+    if undone is None or view.region is not None:
+        return False
     start, end = window_characters(encoding, window)
-    if undone is None or start == end or view.region is not None:
+    if start == end:
         return False
     start, end = view.source(start, end)
     return int(undone[end] - undone[start]) * 2 > end - start

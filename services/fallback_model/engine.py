@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -214,6 +215,9 @@ def _log_sum_exp(values: Floats) -> Floats:
 
 def load_tokenizer(directory: Path) -> Tokenizer:
     """Raises `ModelError` for a file that is no tokenizer."""
+    # It would share out each call among threads of its own, by the host's processors: a third more work for a text, and threads
+    # beside those that are laid out here.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         return Tokenizer.from_file(str(directory / "tokenizer.json"))
     except Exception as error:  # noqa: BLE001  # `tokenizers` raises bare Exception, whatever is wrong

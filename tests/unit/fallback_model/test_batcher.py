@@ -70,20 +70,25 @@ async def occupied(batcher: Batcher, runner: FakeRunner, tokens: int = 10) -> as
     return task
 
 
-async def test_a_batch_is_ready_before_the_thread_is(runner: FakeRunner, clock: ManualClock) -> None:
+async def test_a_full_batch_is_ready_before_the_thread_is(runner: FakeRunner, clock: ManualClock) -> None:
+    async def settle() -> None:
+        for _ in range(10):  # it has had all the opportunity to leave the queue
+            await asyncio.sleep(0)
+
     batcher = Batcher([runner], Limits(batch_tokens=10), clock, no_wait, ahead=1)
-    first = await occupied(batcher, runner)
-    second = asyncio.create_task(batcher.score(rows(10)))
-    await asyncio.sleep(0)
-    while batcher.waiting_requests:
-        await asyncio.sleep(0.001)
-    third = asyncio.create_task(batcher.score(rows(10)))
-    for _ in range(10):  # it had all the opportunity to leave the queue
-        await asyncio.sleep(0)
-    assert (batcher.waiting_requests, runner.batches) == (1, []), "one is scored, one is ready, and no more"
+    tasks = [await occupied(batcher, runner)]
+    tasks.append(asyncio.create_task(batcher.score(rows(6))))
+    await settle()
+    assert batcher.waiting_requests == 1, "others may come and share its batch"
+    tasks.append(asyncio.create_task(batcher.score(rows(4))))
+    await settle()
+    assert batcher.waiting_requests == 1, "a batch is bounded with its padding"
+    tasks.append(asyncio.create_task(batcher.score(rows(10))))
+    await settle()
+    assert (batcher.waiting_requests, runner.batches) == (2, []), "one is scored, one is ready, and no more"
     runner.gate.set()
-    await asyncio.gather(first, second, third)
-    assert runner.batches == [[10]] * 3
+    await asyncio.gather(*tasks)
+    assert runner.batches == [[10], [6], [4], [10]]
     await batcher.close()
 
 
