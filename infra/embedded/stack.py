@@ -166,7 +166,16 @@ def plan(home: Home, environment: Mapping[str, str], scale: Mapping[str, int]) -
     first_metrics_port = _port(wanted, "metrics")
     wanted.pop("PORTCULLIS_METRICS_PORT", None)
     processes = 0
-    programs = [Program(server.name, server.command, group="servers", stop_signal=server.stop_signal) for server in running]
+    programs = [
+        Program(
+            server.name,
+            server.command,
+            group="servers",
+            stop_signal=server.stop_signal,
+            environment={variable: environment.get(variable, value) for variable, value in server.environment.items()},
+        )
+        for server in running
+    ]
     for name in SERVICES:
         replicas = scale.get(name, 1)
         own = {variable: value for variable, value in wanted.items() if _is_for(variable, name)}

@@ -42,6 +42,12 @@ def test_a_url_replaces_its_server(home: Home) -> None:
     assert all(one["PORTCULLIS_NATS_URL"] == NO_SERVERS["PORTCULLIS_NATS_URL"] for one in environments(planned).values())
 
 
+def test_a_server_has_the_environment_that_it_needs_unless_the_operator_sets_it(home: Home) -> None:
+    assert environments(plan(home))["nats"] == {"GOGC": "25"}
+    assert environments(plan(home, {"GOGC": "off", "HOME": "/root"}))["nats"] == {"GOGC": "off"}
+    assert environments(plan(home))["redis"] == {}
+
+
 @pytest.mark.parametrize(("drain", "seconds"), [("60", 65), ("0.5", 20), ("soon", 20), ("", 20)])
 def test_whoever_may_take_longer_to_stop_is_killed_later(home: Home, drain: str, seconds: int) -> None:
     planned = plan(home, NO_SERVERS | {"PORTCULLIS_DRAIN_SECONDS": drain})
