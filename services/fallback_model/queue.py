@@ -15,6 +15,9 @@ from services.fallback_model.windows import Ids
 
 _SLACK: Final = 16
 """Windows whose lengths differ by at most this many tokens, or by a quarter, share a batch."""
+_CLOSE: Final = 16
+"""A batch that is half full takes no more than what differs from its first window by this part of it: half a batch is scored as
+fast by the token as a whole one, and without padding."""
 
 
 @dataclass(eq=False)
@@ -95,6 +98,8 @@ class Queue:
         lengths = [len(item.ids) for item in batch]
         middle, shortest, longest = lengths[0], min(lengths), max(lengths)
         for length in _outwards(middle, max(_SLACK, middle // 4)):
+            if 2 * longest * len(batch) >= most_tokens and abs(length - middle) > middle // _CLOSE:
+                return
             shortest_then, longest_then = min(shortest, length), max(longest, length)
             if longest_then - shortest_then > max(_SLACK, shortest_then // 4):
                 continue

@@ -19,17 +19,27 @@ def item(length: int, done: asyncio.Future[Scores]) -> Item:
     return Item(request, 0, np.zeros(length, np.int64), since=0.0, urgent=True)
 
 
-def test_a_batch_is_made_of_what_comes_closest_in_length_to_the_oldest() -> None:
+def taken(*lengths: int) -> list[int]:
+    """The lengths of the first batch of windows that came in this order."""
     loop = asyncio.new_event_loop()
     queue = Queue(lambda _: None)
-    for length in (20, 24, 12, 28, 20, 19, 90):
+    for length in lengths:
         queue.add(item(length, loop.create_future()))
     batch: list[Item] = []
     queue.fill(batch, MOST_TOKENS)
+    return [len(each.ids) for each in batch]
+
+
+def test_a_batch_is_made_of_what_comes_closest_in_length_to_the_oldest() -> None:
     # Taken as they came, 20, 24, 12 and 28 would be four, and a quarter of them padding.
-    assert [len(each.ids) for each in batch] == [20, 20, 19, 24]
-    assert len(queue) == 3
-    loop.close()
+    assert taken(20, 24, 12, 28, 20, 90) == [20, 20, 24]
+    assert taken(20, 24, 28, 90) == [20, 24, 28]
+
+
+def test_a_batch_that_is_half_full_takes_only_what_hardly_differs() -> None:
+    assert taken(20, 24, 20, 20, 21, 19) == [20, 20, 20, 19]
+    assert taken(20, 20, 20, 24) == [20, 20, 20]
+    assert taken(8, 8, 8, 8, 8, 8, 8, 9, 8, 8, 8, 8, 8) == [8] * 12
 
 
 @given(st.lists(st.tuples(st.integers(1, 120), st.booleans()), max_size=60))
