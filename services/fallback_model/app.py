@@ -17,8 +17,9 @@ from libs.common.service import ConfigurationError, run
 from libs.common.subjects import model_pool, model_pool_batch
 from services.fallback_model import handlers, metrics, processors
 from services.fallback_model.batcher import Batcher, Limits
-from services.fallback_model.detector import Detector, Model
+from services.fallback_model.detector import Detector
 from services.fallback_model.engine import ModelError
+from services.fallback_model.model import Model
 from services.fallback_model.settings import FallbackModelSettings
 from services.fallback_model.swap import Slot
 

@@ -1,132 +1,27 @@
-"""From a text to a judgement: views, windows, the worst window, its probability, its threat types and its place.
-
-`Model` is the sequential part and knows no event loop; `Detector` runs it beside one, through a batcher.
-"""
+"""A model beside an event loop: texts are prepared in threads, and their windows scored in common batches."""
 
 from __future__ import annotations
 
 import asyncio
 import math
-import re
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Final
 
-import numpy as np
-from numpy.typing import NDArray
-from tokenizers import Encoding
-
 from libs.common import tracing
-from services.fallback_model import characters, metrics
+from services.fallback_model import metrics
 from services.fallback_model.batcher import Batcher, Busy
-from services.fallback_model.engine import ModelCard, ModelError, Scores, Session, load_tokenizer, read_card
-from services.fallback_model.labels import THREATS, ThreatName
-from services.fallback_model.lexicon import Lexicon
-from services.fallback_model.normalise import Normalised, View, normalise
-from services.fallback_model.queue import Request
-from services.fallback_model.windows import Ids, Window, Windower
-from services.fallback_model.windows import characters as window_characters
+from services.fallback_model.engine import Scores
+from services.fallback_model.model import Detection, Model, Prepared, milliseconds
+from services.fallback_model.windows import Ids
 
+_LEARNING: Final = 0.05
 _FOR_A_THREAD: Final = (("portcullis.queue", "prepare"),)
-MOST_SPANS: Final = 5
-MOST_URGENT_WINDOWS: Final = 16
 _PREPARED_TOGETHER: Final = 8
 """Texts of a bulk message: a few milliseconds of work, after which the sessions have something to do."""
-_MOST_SENTENCES: Final = 24
-_LEARNING: Final = 0.05
-DISGUISED_DISCOUNT: Final = 3.0
-_SENTENCE: Final = re.compile(r"[^.!?\n]{1,400}[.!?\n]*")
-# What hides a text from its reader, as opposed to forms that also come by accident (a full-width letter, a zero-width space).
-HIDING: Final = frozenset(
-    {
-        "base64",
-        "hex",
-        "char_codes",
-        "url",
-        "spaced_letters",
-        "leetspeak",
-        "rot13",
-        "reversed",
-        "joined_words",
-        "confusables",
-        "tag_characters",
-    }
-)
-_WARM_UP_TEXT: Final = "What is the capital of France? Please answer in one sentence."
-
-
-@dataclass(frozen=True)
-class Coverage:
-    """`tokens` and `windows` that were scored; `truncated` when something of the text was not."""
-
-    tokens: int
-    windows: int
-    truncated: bool
-
-
-@dataclass(frozen=True)
-class Span:
-    """Characters [start, end) of the text as sent, and the probability there; `transform` is how that part was read."""
-
-    start: int
-    end: int
-    score: float
-    transform: str | None
-
-
-@dataclass(frozen=True)
-class Detection:
-    """A judgement before any threshold of the caller's. `threats` are those to be named if the text is malicious; never empty.
-
-    `spans`, `reason` and `timings` (milliseconds by step) are filled only when asked for.
-    """
-
-    probability: float
-    threshold: float
-    threats: tuple[ThreatName, ...]
-    model: str
-    coverage: Coverage
-    transforms: dict[str, int]
-    spans: tuple[Span, ...] = ()
-    reason: str | None = None
-    timings: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Place:
-    """A window of a view; `row` is its row among the distinct ones that are scored.
-
-    `discount` is taken off its logit: a disguise looks odd by itself, on a harmless text as well, so where it was undone
-    the decoded view decides, and the disguised one only when it is very sure.
-    """
-
-    view: int
-    window: Window
-    row: int
-    discount: float = 0.0
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A text cut into rows for the engine: `rows` are distinct, `places` say where each comes from."""
-
-    text: str
-    normalised: Normalised
-    encodings: list[Encoding]
-    places: list[Place]
-    rows: list[Ids]
-    timings: dict[str, float]
-    began: float = 0.0
-    """When its preparation began, by `time.perf_counter`."""
-
-    @property
-    def urgent(self) -> bool:
-        """A long document waits for its turn: its hundreds of windows would hold up every short text."""
-        return len(self.rows) <= MOST_URGENT_WINDOWS
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,197 +30,6 @@ class Judged:
 
     outcome: Detection | Exception
     seconds: float
-
-
-class Model:
-    """One loaded model directory with its sessions. All methods are safe to call from several threads."""
-
-    def __init__(self, directory: Path, sessions: int, threads: int) -> None:
-        """Loads and warms up; seconds, not milliseconds. Raises `ModelError`."""
-        self.card: ModelCard = read_card(directory)
-        tokenizer = load_tokenizer(directory)
-        try:
-            self._windower = Windower(tokenizer, self.card.max_tokens, self.card.overlap)
-        except ValueError as error:
-            raise ModelError(f"{directory}: {error}") from None
-        self._lexicon = Lexicon.of_vocabulary(tokenizer.get_vocab())
-        with ThreadPoolExecutor(sessions, thread_name_prefix="load") as pool:
-            pending = [pool.submit(Session, directory, self.card, threads) for _ in range(sessions)]
-            characters.warm()
-            self.sessions = [session.result() for session in pending]
-        prepared = self.prepare(_WARM_UP_TEXT)
-        for session in self.sessions:
-            self.judge(prepared, session.run(prepared.rows))
-
-    def prepare(self, text: str) -> Prepared:
-        """Everything that comes before the network."""
-        began = time.perf_counter()
-        normalised = normalise(text, self._lexicon, spelt=self.card.spelt)
-        middle = time.perf_counter()
-        encodings = self._windower.encode([view.text for view in normalised.views])
-        rows: dict[bytes, int] = {}
-        kept: list[Ids] = []
-        places = []
-        undone = _undone(normalised.views, len(text))
-        for index, encoding in enumerate(encodings):
-            view = normalised.views[index]
-            for window in self._windower.cut(encoding):
-                row = rows.setdefault(window.ids.tobytes(), len(kept))
-                if row == len(kept):
-                    kept.append(window.ids)
-                discount = DISGUISED_DISCOUNT if _is_disguised(view, encoding, window, undone) else 0.0
-                places.append(Place(index, window, row, discount))
-        end = time.perf_counter()
-        return Prepared(
-            text, normalised, encodings, places, kept, {"normalise": _ms(began, middle), "tokenise": _ms(middle, end)}, began
-        )
-
-    def logit(self, prepared: Prepared, scores: Scores) -> tuple[float, Place]:
-        """The text's logit, which is its worst window's less the penalty for their number; and that window."""
-        worst = max(prepared.places, key=lambda place: _logit(place, scores))
-        # A disguised window hardly counts, so it is no further chance for a false alarm either.
-        chances = sum(place.discount == 0.0 for place in prepared.places)
-        penalty = self.card.window_penalty * math.log(max(1, chances))
-        return _logit(worst, scores) - penalty, worst
-
-    def judge(self, prepared: Prepared, scores: Scores) -> Detection:
-        """Pools the windows' scores; rows of `scores` are those of `prepared.rows`."""
-        logit, worst = self.logit(prepared, scores)
-        return Detection(
-            probability=self.card.calibration.probability(logit),
-            threshold=self.card.threshold,
-            threats=self._threats(
-                scores.threats[worst.row], prepared.normalised.views[worst.view], prepared.normalised.transforms
-            ),
-            model=self.card.name,
-            coverage=Coverage(
-                tokens=sum(len(encoding.ids) for encoding in prepared.encodings),
-                windows=len(prepared.places),
-                truncated=not prepared.normalised.complete,
-            ),
-            transforms=prepared.normalised.transforms,
-        )
-
-    def _threats(self, logits: np.ndarray, view: View, transforms: dict[str, int]) -> tuple[ThreatName, ...]:
-        limits = self.card.threat_logits or (0.0,) * len(THREATS)
-        margins = [float(logit) - limit for logit, limit in zip(logits, limits, strict=True)]
-        named = {threat for threat, margin in zip(THREATS, margins, strict=True) if margin >= 0}
-        if not HIDING.isdisjoint(view.transforms) or not HIDING.isdisjoint(transforms.keys() & {"confusables", "tag_characters"}):
-            named.add("encoding_attack")
-        if not named:
-            named = {THREATS[int(np.argmax(margins))]}
-        return tuple(threat for threat in THREATS if threat in named)
-
-    def sentences(self, prepared: Prepared, scores: Scores) -> tuple[list[Ids], list[tuple[int, int]]]:
-        """The sentences of the worst window as rows of their own, and their characters in its view; empty for a single one."""
-        _, worst = self.logit(prepared, scores)
-        text = prepared.normalised.views[worst.view].text
-        start, end = window_characters(prepared.encodings[worst.view], worst.window)
-        found = [(start + m.start(), start + m.end()) for m in _SENTENCE.finditer(text[start:end]) if m[0].strip()]
-        if not 1 < len(found) <= _MOST_SENTENCES:
-            return [], []
-        encodings = self._windower.encode([text[a:b] for a, b in found])
-        return [self._windower.cut(encoding)[0].ids for encoding in encodings], found
-
-    def explain(
-        self,
-        detection: Detection,
-        prepared: Prepared,
-        scores: Scores,
-        sentence_logits: list[float],
-        sentences: list[tuple[int, int]],
-        timings: dict[str, float],
-    ) -> Detection:
-        """The same detection with spans, a reason and timings. A benign text gets no spans."""
-        spans: tuple[Span, ...] = ()
-        if detection.probability >= detection.threshold:
-            spans = self._spans(detection, prepared, scores, sentence_logits, sentences)
-        return Detection(
-            **{
-                **detection.__dict__,
-                "spans": spans,
-                "reason": _reason(detection, spans),
-                "timings": {**prepared.timings, **timings},
-            }
-        )
-
-    def _spans(
-        self,
-        detection: Detection,
-        prepared: Prepared,
-        scores: Scores,
-        sentence_logits: list[float],
-        sentences: list[tuple[int, int]],
-    ) -> tuple[Span, ...]:
-        probability = self.card.calibration.probability
-        _, worst = self.logit(prepared, scores)
-        first = self._span(prepared, worst, probability(_logit(worst, scores)))
-        if sentence_logits:
-            best = int(np.argmax(sentence_logits))
-            # A sentence that is malicious by itself is the better answer; else only the window as a whole is.
-            if probability(sentence_logits[best]) >= detection.threshold:
-                view = prepared.normalised.views[worst.view]
-                start, end = view.source(*sentences[best])
-                first = Span(start, end, probability(sentence_logits[best]), first.transform)
-        spans = [first]
-        for place in sorted(prepared.places, key=lambda place: -_logit(place, scores)):
-            score = probability(_logit(place, scores))
-            if len(spans) == MOST_SPANS or score < detection.threshold:
-                break
-            span = self._span(prepared, place, score)
-            if all(span.end <= other.start or span.start >= other.end for other in spans):
-                spans.append(span)
-        return tuple(spans)
-
-    def _span(self, prepared: Prepared, place: Place, score: float) -> Span:
-        view = prepared.normalised.views[place.view]
-        start, end = window_characters(prepared.encodings[place.view], place.window)
-        # A view without any token (a text of invisible characters) has no place of its own.
-        where = view.source(start, end) if end > start else (0, len(prepared.text))
-        return Span(*where, score, "+".join(view.transforms) or None)
-
-
-def _logit(place: Place, scores: Scores) -> float:
-    return float(scores.logits[place.row]) - place.discount
-
-
-def _undone(views: list[View], length: int) -> NDArray[np.int64] | None:
-    """For each place in the text as sent, how many characters before it were decoded in some fragment; None for none."""
-    regions = [view.region for view in views if view.region is not None]
-    if not regions:
-        return None
-    marks = np.zeros(length + 1, dtype=np.int64)
-    for start, end in regions:
-        marks[start + 1 : end + 1] = 1
-    return np.cumsum(marks)
-
-
-def _is_disguised(view: View, encoding: Encoding, window: Window, undone: NDArray[np.int64] | None) -> bool:
-    """True where another view shows most of a window undone."""
-    if view.disguised:
-        return True
-    if undone is None or view.region is not None:
-        return False
-    start, end = window_characters(encoding, window)
-    if start == end:
-        return False
-    start, end = view.source(start, end)
-    return int(undone[end] - undone[start]) * 2 > end - start
-
-
-def _reason(detection: Detection, spans: tuple[Span, ...]) -> str:
-    if not spans:
-        return f"No part of the text reached the threshold of {detection.threshold:.3f}."
-    first = spans[0]
-    read = f", read as {first.transform}," if first.transform else ""
-    kinds = ", ".join(detection.threats)
-    return (
-        f"Characters {first.start} to {first.end}{read} scored {first.score:.3f} (threshold {detection.threshold:.3f}): {kinds}."
-    )
-
-
-def _ms(begin: float, end: float) -> float:
-    return round((end - begin) * 1000, 3)
 
 
 class Detector:
@@ -384,23 +88,24 @@ class Detector:
         with lane.expecting(texts):
             prepared = await asyncio.get_running_loop().run_in_executor(lane.threads, self._prepare_each, texts)
         ready = time.perf_counter()
-        waiting = [self._submitted(lane, each, seconds - (ready - began)) for each in prepared]
+        waiting = [self._scores(lane, each, seconds - (ready - began)) for each in prepared]
 
-        async def judge(one: Prepared | Exception, request: Request | Exception) -> Judged:
+        async def judge(one: Prepared | Exception, scores: asyncio.Future[Scores]) -> Judged:
             try:
-                detection = await self._finished(lane, one, request, began, ready, detailed=detailed)
+                if isinstance(one, Exception):
+                    raise one
+                outcome = await self._judged(lane, one, await scores, began, ready, detailed=detailed)
             except Exception as error:  # noqa: BLE001  # whatever it is, it is this text's outcome
                 return Judged(error, time.perf_counter() - began)
-            return Judged(detection, time.perf_counter() - began)
+            return Judged(outcome, time.perf_counter() - began)
 
         judging = map(judge, prepared, waiting)
         try:
             # Only what is explained asks the model again, and that one text need not wait for another.
             return await asyncio.gather(*judging) if detailed else [await each for each in judging]
         finally:
-            for request in waiting:
-                if not isinstance(request, Exception):
-                    request.done.cancel()
+            for scores in waiting:
+                scores.cancel()
 
     def _prepare_each(self, texts: Sequence[str]) -> list[Prepared | Exception]:
         prepared: list[Prepared | Exception] = []
@@ -411,30 +116,17 @@ class Detector:
                 prepared.append(error)
         return prepared
 
-    def _submitted(self, lane: _Lane, prepared: Prepared | Exception, seconds: float) -> Request | Exception:
+    def _scores(self, lane: _Lane, prepared: Prepared | Exception, seconds: float) -> asyncio.Future[Scores]:
+        """What a text waits for; what could not be prepared, for ever."""
         if isinstance(prepared, Exception):
-            return prepared
+            return asyncio.get_running_loop().create_future()
         lane.learn(prepared)
         try:
-            return lane.batcher.submit(prepared.rows, urgent=prepared.urgent, seconds=seconds)
+            return lane.batcher.submit(prepared.rows, urgent=prepared.urgent, seconds=seconds).done
         except Busy as busy:
-            return busy
-
-    async def _finished(
-        self,
-        lane: _Lane,
-        prepared: Prepared | Exception,
-        request: Request | Exception,
-        began: float,
-        ready: float,
-        *,
-        detailed: bool,
-    ) -> Detection:
-        if isinstance(prepared, Exception):
-            raise prepared
-        if isinstance(request, Exception):
-            raise request
-        return await self._judged(lane, prepared, await request.done, began, ready, detailed=detailed)
+            refused: asyncio.Future[Scores] = asyncio.get_running_loop().create_future()
+            refused.set_exception(busy)
+            return refused
 
     async def _judged(
         self, lane: _Lane, prepared: Prepared, scores: Scores, began: float, ready: float, *, detailed: bool
@@ -452,9 +144,12 @@ class Detector:
             rows, sentences = await loop.run_in_executor(lane.threads, self.model.sentences, prepared, scores)
         if rows:
             logits = (await lane.batcher.score(rows, urgent=prepared.urgent)).logits.tolist()
-        timings = {"waited": round((ready - began) * 1000 - sum(prepared.timings.values()), 3), "model": _ms(ready, scored)}
+        timings = {
+            "waited": round((ready - began) * 1000 - sum(prepared.timings.values()), 3),
+            "model": milliseconds(ready, scored),
+        }
         if rows:
-            timings["narrow"] = _ms(scored, time.perf_counter())
+            timings["narrow"] = milliseconds(scored, time.perf_counter())
         return self.model.explain(detection, prepared, scores, logits, sentences, timings)
 
     @property

@@ -22,7 +22,8 @@ from libs.common.contracts import (
 from libs.common.errors import CATALOGUE, ErrorCode, PortcullisError
 from libs.common.stages import Answer, Outcome
 from services.fallback_model.batcher import Busy
-from services.fallback_model.detector import Detection, Judged
+from services.fallback_model.detector import Judged
+from services.fallback_model.model import Detection
 from services.fallback_model.swap import Slot
 
 log = logging.getLogger(__name__)

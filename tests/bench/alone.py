@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from services.fallback_model import processors
-from services.fallback_model.detector import Model
+from services.fallback_model.model import Model
 from services.fallback_model.paths import DEFAULT_MODEL
 from services.fallback_model.windows import Ids
 

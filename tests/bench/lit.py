@@ -11,8 +11,8 @@ from typing import Any
 import litserve
 import numpy as np
 
-from services.fallback_model.detector import Detection, Model, Prepared
 from services.fallback_model.engine import Scores
+from services.fallback_model.model import Detection, Model, Prepared
 from services.fallback_model.paths import DEFAULT_MODEL
 from tests.bench.alone import by_tokens
 

@@ -42,8 +42,8 @@ def question(number: int) -> Question:
 @functools.cache
 def released() -> dict[str, float]:
     """What the released model says of the texts that the pool is asked, by the model itself and not through the gateway."""
-    from services.fallback_model.detector import Model
     from services.fallback_model.eval.direct import score
+    from services.fallback_model.model import Model
 
     texts = [question(number).text for number in range(DISTINCT)]
     model = Model(RELEASE, sessions=1, threads=1)

@@ -17,10 +17,10 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from services.fallback_model.detector import Model
 from services.fallback_model.engine import ModelError
 from services.fallback_model.eval import direct, metrics, remote, report, robustness
 from services.fallback_model.eval.corpus import NOISY, Row, find_sets, read_rows
+from services.fallback_model.model import Model
 from services.fallback_model.paths import DEFAULT_MODEL
 
 _SEED = 5

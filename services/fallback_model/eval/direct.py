@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from services.fallback_model.detector import Detection, Model, Prepared
 from services.fallback_model.engine import Scores
+from services.fallback_model.model import Detection, Model, Prepared
 
 _BATCH_TOKENS = 2048
 _TEXTS_AT_ONCE = 512

@@ -14,12 +14,12 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from services.fallback_model.characters import spell
-from services.fallback_model.detector import Model
 from services.fallback_model.engine import FORMAT, inputs
 from services.fallback_model.eval import direct, metrics, robustness
 from services.fallback_model.eval.corpus import Row, find_sets, read_rows
 from services.fallback_model.eval.direct import Scored
 from services.fallback_model.labels import THREATS
+from services.fallback_model.model import Model
 from services.fallback_model.training import calibrate, card, export
 from services.fallback_model.training.calibrate import Array
 from services.fallback_model.training.tokens import CLS, SEP, bare_tokenizer

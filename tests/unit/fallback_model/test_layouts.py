@@ -12,8 +12,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 
-from services.fallback_model.detector import Model
 from services.fallback_model.engine import Calibration, ModelError, read_card
+from services.fallback_model.model import Model
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 VOCABULARY = {"[PAD]": 0, "[CLS]": 1, "[SEP]": 2, "[UNK]": 3, "hello": 4, "attack": 5, "world": 6}

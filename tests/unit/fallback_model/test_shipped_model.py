@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from services.fallback_model.detector import DISGUISED_DISCOUNT, Detection, Model
+from services.fallback_model.model import DISGUISED_DISCOUNT, Detection, Model
 from services.fallback_model.paths import DEFAULT_MODEL
 from tests.unit.fallback_model.test_normalise import DISGUISES, disguise
 

@@ -23,8 +23,9 @@ from libs.common.tracing import Recorder
 from services.fallback_model import handlers, labels, processors
 from services.fallback_model.app import parts
 from services.fallback_model.batcher import Batcher, Limits
-from services.fallback_model.detector import Detector, Model, Prepared
+from services.fallback_model.detector import Detector
 from services.fallback_model.engine import Scores
+from services.fallback_model.model import Model, Prepared
 from services.fallback_model.paths import DEFAULT_MODEL
 from services.fallback_model.settings import FallbackModelSettings
 from services.fallback_model.swap import Slot
