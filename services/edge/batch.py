@@ -16,7 +16,7 @@ import logging
 import secrets
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 from fastapi import Request, Response
@@ -40,8 +40,9 @@ from libs.common.errors import ErrorCode, PortcullisError
 from services.edge import core, items
 from services.edge.asking import insist
 from services.edge.bodies import Bodies
+from services.edge.feeds import STOPPING, ChargedFeed, Feed, ListFeed, NdjsonFeed
 from services.edge.gate import Call, Gate, call_of
-from services.edge.items import Entry, Lines, Pace, Tally
+from services.edge.items import Entry, Pace, Tally
 from services.edge.metrics import BATCH_ITEMS, BATCHES, Shed, shed
 from services.edge.peer import Peer, peer_of
 from services.edge.ports import Answered, Stages
@@ -55,137 +56,11 @@ STOP_SECONDS = 10.0
 _PASSING = frozenset({ErrorCode.STAGE_UNAVAILABLE, ErrorCode.OVERLOADED})
 _MOST_ITEM_SPANS = 8
 """Items of one message that failed and are shown in the trace, each by itself."""
-_STOPPING = "The gateway is about to stop; send the rest again."
 
 _ADMISSION = msgspec.json.Decoder(Admission)
 _RESULTS = msgspec.json.Decoder(ItemResults)
 
 Later = Callable[[Request], Awaitable[Response]]
-
-
-class Feed(Protocol):
-    """Where items come from."""
-
-    next_index: int
-    """The place of the item that comes next."""
-
-    async def take(self, most: int, characters: int) -> list[Entry]:
-        """Some items, as soon as there are any; none at the end.
-
-        Raises `PortcullisError` or `Refused` when there will be no more for another reason, `ClientDisconnect` when the caller
-        has gone.
-        """
-        ...
-
-
-class ListFeed:
-    def __init__(self, entries: list[Entry]) -> None:
-        self.next_index = 0
-        self._entries = entries
-
-    async def take(self, most: int, characters: int) -> list[Entry]:
-        start, taken = self.next_index, 0
-        for entry in self._entries[start : start + most]:
-            characters -= len(entry.text)
-            if taken and characters < 0:
-                break
-            taken += 1
-        self.next_index += taken
-        return self._entries[start : self.next_index]
-
-    @property
-    def left(self) -> int:
-        return len(self._entries) - self.next_index
-
-
-class ChargedFeed:
-    """Charges the items of `feed` in slices: at first a single one, and twice as many each time, so that a small key gets as far
-    as it can, and a long upload is not held up by asking."""
-
-    def __init__(self, feed: NdjsonFeed, charge: Callable[[int], Awaitable[None]]) -> None:
-        self.next_index = 0
-        self.ended = feed.ended
-        self._feed = feed
-        self._charge = charge
-        self._slice = 1
-        self._charged = ListFeed([])
-
-    async def take(self, most: int, characters: int) -> list[Entry]:
-        if not self._charged.left:
-            entries = await self._feed.take(self._slice, items.MAX_CHARGED_CHARACTERS)
-            if units := sum(entry.error is None for entry in entries):
-                await self._charge(units)
-            self._slice = min(items.MAX_CHARGED, 2 * self._slice)
-            self._charged = ListFeed(entries)
-        entries = await self._charged.take(most, characters)
-        self.next_index += len(entries)
-        return entries
-
-
-class NdjsonFeed:
-    """Items as they arrive, nothing charged. `most_items` None: any number; a line of more than `most_bytes` becomes an error,
-    and none of it is kept."""
-
-    def __init__(
-        self, receive: Receive, stop: asyncio.Event, *, most_bytes: int, most_items: int | None, idle_seconds: float
-    ) -> None:
-        self.next_index = 0
-        self.ended = asyncio.Event()
-        self._receive = receive
-        self._stop = stop
-        self._lines = Lines(most_bytes)
-        self._most_bytes = most_bytes
-        self._most_items = most_items
-        self._idle_seconds = idle_seconds
-
-    async def take(self, most: int, characters: int) -> list[Entry]:
-        if self._stop.is_set():
-            raise PortcullisError(ErrorCode.STAGE_UNAVAILABLE, _STOPPING)
-        while not self._lines.whole and not self.ended.is_set():
-            await self._read()
-        entries: list[Entry] = []
-        lines = self._lines.whole
-        while lines and len(entries) < most:
-            if self._most_items is not None and self.next_index >= self._most_items:
-                if entries:
-                    break
-                raise PortcullisError(
-                    ErrorCode.PAYLOAD_TOO_LARGE, f"An answer in one piece holds {self._most_items} items; ask for a stream."
-                )
-            line = lines[0]
-            characters -= len(line or b"")
-            if entries and characters < 0:
-                break
-            lines.popleft()
-            entries.append(self._entry(line))
-            self.next_index += 1
-        return entries
-
-    def _entry(self, line: bytes | None) -> Entry:
-        if line is None:
-            error = PortcullisError(ErrorCode.PAYLOAD_TOO_LARGE, f"The line is longer than {self._most_bytes} bytes.")
-            return Entry(self.next_index, None, error=error)
-        return items.read_line(line, self.next_index)
-
-    async def _read(self) -> None:
-        receiving = asyncio.ensure_future(self._receive())
-        stopping = asyncio.ensure_future(self._stop.wait())
-        try:
-            await asyncio.wait({receiving, stopping}, timeout=self._idle_seconds, return_when=asyncio.FIRST_COMPLETED)
-            if not receiving.done():
-                if stopping.done():
-                    raise PortcullisError(ErrorCode.STAGE_UNAVAILABLE, _STOPPING)
-                raise PortcullisError(ErrorCode.BAD_REQUEST, f"Nothing arrived for {self._idle_seconds:.0f} seconds.")
-            message = receiving.result()
-        finally:
-            receiving.cancel()
-            stopping.cancel()
-        if message["type"] == "http.disconnect":
-            raise ClientDisconnect
-        self._lines.add(message.get("body", b""))
-        if not message.get("more_body", False):
-            self._lines.end()
-            self.ended.set()
 
 
 class Batches:
@@ -422,7 +297,7 @@ class Run:
             async with asyncio.timeout_at(self._last_call()):
                 return await self.desk.judge(texts, self._config)
         except TimeoutError:
-            return [PortcullisError(ErrorCode.STAGE_UNAVAILABLE, _STOPPING)] * len(texts)
+            return [PortcullisError(ErrorCode.STAGE_UNAVAILABLE, STOPPING)] * len(texts)
 
     _stop_at: float | None = None
 

@@ -44,8 +44,8 @@ from libs.common.contracts import (
 from libs.common.errors import ErrorCode, PortcullisError
 from services.edge import core, items
 from services.edge.asking import insist
-from services.edge.batch import Feed, ListFeed, NdjsonFeed
 from services.edge.bodies import Bodies
+from services.edge.feeds import Feed, ListFeed, NdjsonFeed
 from services.edge.gate import Call, Gate, call_of
 from services.edge.items import Entry
 from services.edge.metrics import Shed, shed
