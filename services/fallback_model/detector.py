@@ -6,7 +6,6 @@ import asyncio
 import math
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Final
@@ -16,12 +15,11 @@ from services.fallback_model import metrics
 from services.fallback_model.batcher import Batcher, Busy
 from services.fallback_model.engine import Scores
 from services.fallback_model.model import Detection, Model, Prepared, milliseconds
+from services.fallback_model.preparer import TEXTS_TOGETHER, Preparer
 from services.fallback_model.windows import Ids
 
 _LEARNING: Final = 0.05
 _FOR_A_THREAD: Final = (("portcullis.queue", "prepare"),)
-_PREPARED_TOGETHER: Final = 8
-"""Texts of a bulk message: a few milliseconds of work, after which the sessions have something to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +46,8 @@ class Detector:
         preparing_threads: int,
     ) -> None:
         self.model = model
-        self._single = _Lane(make_batcher(model), ThreadPoolExecutor(preparing_threads, thread_name_prefix="prepare"))
-        bulk_threads = ThreadPoolExecutor(1, thread_name_prefix="prepare-bulk")
-        self._bulk = _Lane(make_bulk_batcher(model), bulk_threads)
+        self._single = _Lane(make_batcher(model), Preparer(model.prepare, preparing_threads, "prepare"))
+        self._bulk = _Lane(make_bulk_batcher(model), Preparer(model.prepare, 1, "prepare-bulk"))
 
     async def detect(self, text: str, *, detailed: bool = False, seconds: float = math.inf) -> Detection:
         """Judges one text within `seconds`, after which the caller cancels it.
@@ -61,7 +58,9 @@ class Detector:
         lane.batcher.check(seconds)
         began = time.perf_counter()
         with lane.expecting((text,)):
-            prepared = await asyncio.get_running_loop().run_in_executor(lane.threads, self.model.prepare, text)
+            (prepared,) = await lane.preparer.prepare((text,))
+        if isinstance(prepared, Exception):
+            raise prepared
         ready = time.perf_counter()
         lane.learn(prepared)
         tracing.record("queue", prepared.began - began, ago=ready - prepared.began, own=_FOR_A_THREAD)
@@ -72,12 +71,12 @@ class Detector:
     async def detect_many(self, texts: Sequence[str], *, detailed: bool = False, seconds: float = math.inf) -> list[Judged]:
         """Judges many texts side by side, as bulk work. What becomes of one is no matter of the others: where `detect` would
         have raised an exception, that is its outcome."""
-        parts = (texts[start : start + _PREPARED_TOGETHER] for start in range(0, len(texts), _PREPARED_TOGETHER))
+        parts = (texts[start : start + TEXTS_TOGETHER] for start in range(0, len(texts), TEXTS_TOGETHER))
         judged = await asyncio.gather(*(self._detect_part(part, detailed=detailed, seconds=seconds) for part in parts))
         return [each for part in judged for each in part]
 
     async def _detect_part(self, texts: Sequence[str], *, detailed: bool, seconds: float) -> list[Judged]:
-        """Texts that are prepared in one go: to hand each to a thread by itself costs as much as to prepare it."""
+        """Texts that are prepared in one go."""
         tracing.enter("")  # a task of its own; the steps of each text would be more than all the rest of the trace
         lane = self._bulk
         began = time.perf_counter()
@@ -86,7 +85,7 @@ class Detector:
         except Busy as busy:
             return [Judged(busy, 0.0)] * len(texts)
         with lane.expecting(texts):
-            prepared = await asyncio.get_running_loop().run_in_executor(lane.threads, self._prepare_each, texts)
+            prepared = await lane.preparer.prepare(texts)
         ready = time.perf_counter()
         waiting = [self._scores(lane, each, seconds - (ready - began)) for each in prepared]
 
@@ -106,15 +105,6 @@ class Detector:
         finally:
             for scores in waiting:
                 scores.cancel()
-
-    def _prepare_each(self, texts: Sequence[str]) -> list[Prepared | Exception]:
-        prepared: list[Prepared | Exception] = []
-        for text in texts:
-            try:
-                prepared.append(self.model.prepare(text))
-            except Exception as error:  # noqa: BLE001  # handed to whoever asked for this text
-                prepared.append(error)
-        return prepared
 
     def _scores(self, lane: _Lane, prepared: Prepared | Exception, seconds: float) -> asyncio.Future[Scores]:
         """What a text waits for; what could not be prepared, for ever."""
@@ -141,7 +131,7 @@ class Detector:
         sentences: list[tuple[int, int]] = []
         if detection.probability >= detection.threshold:
             loop = asyncio.get_running_loop()
-            rows, sentences = await loop.run_in_executor(lane.threads, self.model.sentences, prepared, scores)
+            rows, sentences = await loop.run_in_executor(lane.preparer.threads, self.model.sentences, prepared, scores)
         if rows:
             logits = (await lane.batcher.score(rows, urgent=prepared.urgent)).logits.tolist()
         timings = {
@@ -165,7 +155,7 @@ class Detector:
         """Finishes what was accepted, then frees the threads. Call it after the last `detect` was started."""
         for lane in (self._single, self._bulk):
             await lane.batcher.close()
-            lane.threads.shutdown(wait=False)
+            lane.preparer.close()
 
 
 @dataclass
@@ -173,7 +163,7 @@ class _Lane:
     """Where texts are prepared and scored. `tokens_per_character`: of late; most texts are prose in one language or another."""
 
     batcher: Batcher
-    threads: ThreadPoolExecutor
+    preparer: Preparer
     tokens_per_character: float = 0.25
 
     def expecting(self, texts: Sequence[str]) -> AbstractContextManager[None]:

@@ -133,9 +133,6 @@ async def test_a_text_that_would_wait_past_its_deadline_is_refused_at_once(
 
 
 async def test_texts_that_are_being_prepared_count_as_if_they_waited(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    detector = make(model)
-    slot, batcher = Slot(detector), detector._single.batcher
-    batcher._speed.add(1000.0, 1.0)
     begun, go_on = threading.Event(), threading.Event()
     prepare = model.prepare
 
@@ -145,6 +142,9 @@ async def test_texts_that_are_being_prepared_count_as_if_they_waited(model: Mode
         return prepare(text)
 
     monkeypatch.setattr(model, "prepare", slowly)
+    detector = make(model)
+    slot, batcher = Slot(detector), detector._single.batcher
+    batcher._speed.add(1000.0, 1.0)
     first = asyncio.create_task(handlers.detect(ModelRequest(text="hello " * 2000), CONTEXT, slot, CLOCK))
     await asyncio.to_thread(begun.wait, 10)
     assert batcher.queued_tokens == 0
@@ -192,7 +192,6 @@ async def test_bulk_work_that_finds_no_room_is_busy_text_by_text_while_single_te
 
 
 async def test_a_text_that_breaks_the_model_is_no_matter_of_its_neighbours(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    slot = Slot(make(model))
     prepare = model.prepare
 
     def breaking(text: str) -> Prepared:
@@ -201,6 +200,7 @@ async def test_a_text_that_breaks_the_model_is_no_matter_of_its_neighbours(model
         return prepare(text)
 
     monkeypatch.setattr(model, "prepare", breaking)
+    slot = Slot(make(model))
     many = await judged(slot, "hello", "break", "world")
     assert [item.error.code if item.error else None for item in many.results] == [None, ErrorCode.INTERNAL, None]
     assert "break" not in repr(many)
