@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import logging
 import struct
 from collections import deque
@@ -23,7 +24,7 @@ from redis.asyncio.sentinel import (
     SentinelManagedSSLConnection,
 )
 from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
+from redis.exceptions import NoScriptError, RedisError
 
 from libs.common import telemetry, tracing
 from libs.common.service import ConfigurationError
@@ -156,6 +157,26 @@ async def within_the_timeout(call: Awaitable[Any]) -> Any:
         timer.cancel()
 
 
+class Script:
+    """A Lua script that Redis is sent whole where it does not know it, with the very command that runs it.
+
+    redis-py's own (8.1.0, `AsyncScript`) loads it with one command and runs it with the next: SCRIPT FLUSH or a failover between
+    the two fails the call.
+    """
+
+    def __init__(self, client: Redis, text: str) -> None:
+        self.text = text
+        self.sha = hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
+        """By which Redis knows it."""
+        self._client = client
+
+    async def __call__(self, keys: Sequence[str], arguments: Sequence[str | bytes]) -> Any:
+        try:
+            return await self._client.evalsha(self.sha, len(keys), *keys, *arguments)
+        except NoScriptError:
+            return await self._client.eval(self.text, len(keys), *keys, *arguments)
+
+
 class RedisStore:
     """Decisions under one policy.
 
@@ -166,7 +187,7 @@ class RedisStore:
     def __init__(self, client: Redis, policy: Policy, prefix: str, script: str = SCRIPT) -> None:
         self._wire = Wire(policy)
         self._prefix = prefix
-        self._script = client.register_script(script)
+        self._script = Script(client, script)
         self._waiting: deque[Waiting] = deque()
         self._batches: set[asyncio.Task[list[bytes]]] = set()
         self._flushing = False
@@ -231,7 +252,7 @@ class RedisHeartbeat:
 
     def __init__(self, client: Redis, instance: str, key: str = REPLICAS_KEY) -> None:
         self._client = client
-        self._script = client.register_script(BEAT_SCRIPT)
+        self._script = Script(client, BEAT_SCRIPT)
         self._instance = instance
         self._key = key
         self._is_known = False

@@ -351,24 +351,22 @@ class _NodeStore(RedisStore):
         replies = await self._pipeline(node, calls, asking=asking)
         unknown = [index for index, reply in enumerate(replies) if isinstance(reply, NoScriptError)]
         if unknown:
-            again = await self._pipeline(node, [calls[index] for index in unknown], asking=asking, load=True)
+            again = await self._pipeline(node, [calls[index] for index in unknown], asking=asking, whole=True)
             for index, reply in zip(unknown, again, strict=True):
                 replies[index] = reply
         return replies
 
-    async def _pipeline(self, node: Node, calls: list[Call], *, asking: bool, load: bool = False) -> list[Any]:
+    async def _pipeline(self, node: Node, calls: list[Call], *, asking: bool, whole: bool = False) -> list[Any]:
+        """`whole`: send the script itself, since the node does not know it."""
+        script = ("EVAL", self._script.text) if whole else ("EVALSHA", self._script.sha)
         pipeline = node.client.pipeline(transaction=False)
-        if load:
-            pipeline.script_load(self._script.script)
         for call in calls:
             if asking:
                 pipeline.execute_command("ASKING")
             keys = [key for key, _, _ in call]
-            pipeline.execute_command(
-                "EVALSHA", self._script.sha, len(keys), *keys, self._wire.windows, *(ask for _, ask, _ in call)
-            )
-        replies = await pipeline.execute(raise_on_error=False)  # with one for the script, and one for each ASKING
-        return replies[load:][asking :: 1 + asking]
+            pipeline.execute_command(*script, len(keys), *keys, self._wire.windows, *(ask for _, ask, _ in call))
+        replies = await pipeline.execute(raise_on_error=False)  # with one for each ASKING
+        return replies[asking :: 1 + asking]
 
     def _settle(self, calls: list[Call], replies: list[Any], *, elsewhere: bool = False) -> list[tuple[Call, AskError]]:
         """Hand out answers and errors; the calls that are to be sent on. `elsewhere`: from a node whose batch it is not."""

@@ -34,9 +34,7 @@ PASSWORD, USERS_OWN = "password", "own"
 PREFIX = "rl:v1:key:"
 SLOTS = 16384
 # What docs/operations/kubernetes.md has an operator allow; all of these tests get along with it.
-RIGHTS = (
-    "~rl:v1:* +evalsha +script|load +get +set +time +zadd +zremrangebyscore +expire +zcard +zrem +info +cluster|slots +asking"
-)
+RIGHTS = "~rl:v1:* +eval +evalsha +get +set +time +zadd +zremrangebyscore +expire +zcard +zrem +info +cluster|slots +asking"
 _names = itertools.count()
 
 

@@ -230,6 +230,28 @@ async def test_a_script_flush_goes_unnoticed(redis_server: Server, client: redis
         assert health.outages == 0
 
 
+async def test_scripts_flushed_all_the_time_go_unnoticed(own_redis: OwnRedis, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Also one that is flushed between the command that fails for want of it and the next.
+    monkeypatch.setattr(adapters, "TIMEOUT_SECONDS", 5)  # this is about answers, not about how soon they come
+    ends = threading.Event()
+
+    def flush() -> int:
+        flushes = 0
+        with redis.Redis.from_url(own_redis.server.url) as client:
+            while not ends.is_set():
+                client.script_flush()
+                flushes += 1
+        return flushes
+
+    async with limiter(own_redis.server.url) as (one, health):
+        flushing = asyncio.create_task(asyncio.to_thread(flush))
+        decisions = [await one.decide("flushed", (1000, 10_000), 1) for _ in range(300)]
+        ends.set()
+        assert await flushing > 0
+        assert [decision.used[0] for decision, _ in decisions] == list(range(1, 301))
+        assert health.outages == 0
+
+
 async def test_a_hung_redis_costs_one_timeout_and_its_late_answers_reach_nobody(own_redis: OwnRedis) -> None:
     async with limiter(own_redis.server.url) as (one, health):
         for key in range(8):

@@ -8,7 +8,6 @@ import struct
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +20,6 @@ from services.limiter.address import Address, Nodes
 from services.limiter.cluster import Cluster
 from services.limiter.core import PER_KEY
 from services.limiter.failover import Limiter
-from services.limiter.lua import SCRIPT
 from services.limiter.ports import KeyUnavailableError, StoreUnavailableError
 
 PREFIX = "rl:v1:key:"
@@ -61,9 +59,7 @@ class Server:
         return [[low, high, _named(address), *map(_named, self.replicas)] for low, high, address in self.ranges]
 
     def reply(self, command: tuple[Any, ...], asked: bool) -> Any:
-        if command[0] == "SCRIPT LOAD":
-            self.knows_script = True
-        if command[0] != "EVALSHA":
+        if command[0] == "ASKING":
             return "OK"
         count = command[2]
         names, asks = command[3 : 3 + count], command[4 + count :]
@@ -71,6 +67,7 @@ class Server:
         error = self.replies.get(key_slot(names[0].encode()))
         if error is not None and not asked:
             return error
+        self.knows_script |= command[0] == "EVAL"
         if not self.knows_script:
             return NoScriptError()
         return [self._decide(name, ask) for name, ask in zip(names, asks, strict=True)]
@@ -92,19 +89,14 @@ class Client:
         if self.server.away:
             raise ConnectionError
 
-    def register_script(self, script: str) -> Any:
-        if script == SCRIPT:
-            return SimpleNamespace(sha="sha", script=script)
-
-        async def beat(keys: list[str], args: list[str]) -> list[int]:
-            await self.answers()
-            error = self.server.replies.get(key_slot(keys[0].encode()))
-            if error is not None:
-                raise error
-            self.server.beats += 1
-            return [1, int(self.server.beats == 1)]
-
-        return beat
+    async def evalsha(self, sha: str, count: int, key: str, instance: str) -> list[int]:
+        """Heartbeats; decisions come in pipelines."""
+        await self.answers()
+        error = self.server.replies.get(key_slot(key.encode()))
+        if error is not None:
+            raise error
+        self.server.beats += 1
+        return [1, int(self.server.beats == 1)]
 
     async def execute_command(self, *_: object) -> Any:
         await self.answers()
@@ -127,9 +119,6 @@ class Pipeline:
 
     def execute_command(self, *command: Any) -> None:
         self._commands.append(command)
-
-    def script_load(self, script: str) -> None:
-        self._commands.append(("SCRIPT LOAD", script))
 
     async def execute(self, *, raise_on_error: bool) -> list[Any]:
         assert not raise_on_error
@@ -199,7 +188,7 @@ async def test_a_node_that_does_not_know_the_script_gets_it_and_decides_once(hou
     a, b = keys(0, HALF, 2)
     outcomes = await house.decide([a, b, a])
     assert [outcome.used[0] for outcome in outcomes] == [1, 1, 2]
-    assert [command[0] for command in house.one.pipelines[1]] == ["SCRIPT LOAD", "EVALSHA", "EVALSHA"]
+    assert [command[0] for command in house.one.pipelines[1]] == ["EVAL", "EVAL"]
 
 
 async def test_moved_is_followed_at_once_and_remembered(house: House) -> None:
