@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from infra.embedded.process import die_with_parent
+from infra.embedded.process import be_patient, die_with_parent
 
 WINDOW_SECONDS = 10.0
 FREE_STARTS = 3
@@ -58,6 +58,7 @@ def main() -> None:
     parser.add_argument("--parent-pid-variable", help="the variable that holds the parent's process id")
     parser.add_argument("--metrics-ports", help="PORTCULLIS_METRICS_PORT of each replica, separated by commas")
     parser.add_argument("--number", type=int, default=0, help="which replica this is")
+    parser.add_argument("--patient", action="store_true", help="see infra.embedded.process.be_patient")
     parser.add_argument("command", nargs="+")
     arguments = parser.parse_args()
     if arguments.parent_pid_variable is not None:
@@ -73,6 +74,8 @@ def main() -> None:
         environment["PORTCULLIS_METRICS_PORT"] = arguments.metrics_ports.split(",")[arguments.number]
     if arguments.starts is not None:
         record_start(arguments.starts)
+    if arguments.patient:
+        be_patient()
     os.execvpe(arguments.command[0], arguments.command, environment)  # noqa: S606
 
 

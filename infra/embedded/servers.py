@@ -50,7 +50,10 @@ NATS_GARBAGE_PERCENT: Final = "25"
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """A server ready to be started: `command` in the foreground, stopped by `stop_signal`. `environment`: unless it is set."""
+    """A server ready to be started: `command` in the foreground, stopped by `stop_signal`. `environment`: unless it is set.
+
+    `is_patient`: it is not to push aside whoever has just written to it (`process.be_patient`).
+    """
 
     name: str
     command: tuple[str, ...]
@@ -58,6 +61,7 @@ class Server:
     port: int
     stop_signal: str = "TERM"
     environment: Mapping[str, str] = field(default_factory=dict)
+    is_patient: bool = False
 
 
 def _binary(name: str) -> str:
@@ -182,7 +186,8 @@ def nats(
     path = home / "nats.conf"
     write_private(path, json.dumps(configuration, indent=1))  # the server's configuration language is a superset of JSON
     command = (_binary("nats-server"), "-c", str(path))
-    return Server("nats", command, f"nats://{host}:{port}", port, environment={"GOGC": NATS_GARBAGE_PERCENT})
+    own = {"GOGC": NATS_GARBAGE_PERCENT}
+    return Server("nats", command, f"nats://{host}:{port}", port, environment=own, is_patient=True)
 
 
 def redis_configuration(password: str, *, host: str, port: int, store: Path) -> str:

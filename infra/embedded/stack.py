@@ -68,6 +68,8 @@ class Program:
     """Where each replica serves its metrics; empty: nowhere."""
     listen: tuple[str, int] | None = None
     """Host and port of a socket that all replicas share as their file descriptor 0."""
+    is_patient: bool = False
+    """As of `servers.Server`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +175,7 @@ def plan(home: Home, environment: Mapping[str, str], scale: Mapping[str, int]) -
             group="servers",
             stop_signal=server.stop_signal,
             environment={variable: environment.get(variable, value) for variable, value in server.environment.items()},
+            is_patient=server.is_patient,
         )
         for server in running
     ]
@@ -317,6 +320,8 @@ def _program_section(home: Home, program: Program) -> dict[str, str]:
     child += ["--parent-pid-variable", SUPERVISOR_PID_VARIABLE, "--parent-signal", program.stop_signal]
     if program.metrics_ports:
         child += ["--metrics-ports", ",".join(map(str, program.metrics_ports))]
+    if program.is_patient:
+        child.append("--patient")
     section = {
         "": f"{'fcgi-' if program.listen else ''}program:{program.name}",
         "command": " ".join(

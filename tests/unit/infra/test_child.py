@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -66,6 +67,14 @@ def test_a_program_started_by_hand_needs_no_file(tmp_path: Path) -> None:
     missing = tmp_path / "missing.json"
     command = [sys.executable, "-I", "-S", str(child.__file__), "--optional", "--environment", str(missing), "--", "true"]
     assert subprocess.run(command).returncode == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux's scheduler")
+@pytest.mark.parametrize(("arguments", "policy"), [((), os.SCHED_OTHER), (("--patient",), os.SCHED_BATCH)])
+def test_a_patient_program_is_one_by_the_time_that_it_starts(arguments: tuple[str, ...], policy: int) -> None:
+    tell = (sys.executable, "-c", "import os; print(os.sched_getscheduler(0))")
+    command = [sys.executable, "-I", "-S", str(child.__file__), *arguments, "--", *tell]
+    assert int(subprocess.run(command, capture_output=True, check=True).stdout) == policy
 
 
 def test_each_replica_has_a_metrics_port_of_its_own(tmp_path: Path) -> None:

@@ -235,6 +235,7 @@ def test_supervisor_reads_the_configuration_as_it_is_meant(home: Home) -> None:
     assert groups["edge"].socket_config.get_backlog() == stack.EDGE_BACKLOG
     for process in (process for group in groups.values() for process in group.process_configs):
         assert str(home.starts / process.name) in shlex.split(process.command)
+        assert ("--patient" in shlex.split(process.command)) == (process.name == "nats_0")
         assert process.stdout_logfile == str(home.logs / f"{process.name}.log")
         # Started again for ever: with startsecs 0 supervisor never counts a start as failed.
         assert (process.autorestart is not False, process.startsecs) == (True, 0)
