@@ -26,6 +26,9 @@ PAUSE_SECONDS: Final = 0.8
 """After the first event, how long others are left in the stream: each that is delivered by itself wakes this process and the
 server, and each batch is a transaction. Nothing waits while there is more than a batch."""
 GATHER_SECONDS: Final = 0.2
+WRITTEN_SECONDS: Final = 0.1
+"""After which the server has certainly written what it delivered (its `flushLoop` waits for 8 ms at the most). What has been
+counted must not be lost there: its sequences would become those of other events."""
 BATCH_EVENTS: Final = 1000
 CONSUMER_LIFE_SECONDS: Final = 30.0
 """How long the server keeps a consumer that nobody reads from."""
@@ -99,6 +102,10 @@ class JetStreamUsage:
             max_age=MAX_AGE_SECONDS,
             max_bytes=self._max_bytes,
             num_replicas=self._replicas,
+            # A server that has each message on its disk before it goes on (`sync_interval: always`, for the sake of jobs) would
+            # do so for every request. These are acknowledged a few milliseconds before they are written, which the proxy and the
+            # reader below take into account. A stream with replicas cannot have this mode.
+            persist_mode=api.PersistMode.ASYNC if self._replicas == 1 else None,
         )
 
 
@@ -123,7 +130,11 @@ class JetStreamReader:
                 await self._pause(PAUSE_SECONDS)
             messages += await self._fetch(BATCH_EVENTS - 1, GATHER_SECONDS)
             self._behind = len(messages) >= BATCH_EVENTS
-            return self._without_a_gap(messages)
+            events = self._without_a_gap(messages)
+            await self._pause(WRITTEN_SECONDS)
+            # A server that has died meanwhile, perhaps with some of these, has no such consumer any more.
+            await self._subscription.consumer_info()
+            return events
 
     async def _fetch(self, count: int, timeout_seconds: float) -> list[Msg]:
         try:

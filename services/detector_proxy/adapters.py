@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ ACK_SECONDS = 2.0
 MAX_BACKOFF_SECONDS = 4.0
 GIVE_UP_SECONDS = 100.0
 """Within the stream's deduplication window (120 s, the server's default): a later copy would be counted twice."""
+WRITTEN_SECONDS = 1.0
+"""How long an event is kept that was acknowledged: the server writes it some milliseconds later (`persist_mode: async`)."""
 SWEEP_SECONDS = 0.25
 SWEEP_LIMIT = 500
 FLUSH_SECONDS = 2.0
@@ -62,6 +65,9 @@ class Publisher(Protocol):
     @property
     def on_drained(self) -> list[Hook]: ...
 
+    @property
+    def on_reconnect(self) -> list[Hook]: ...
+
     async def publish(self, subject: str, message: Message, headers: dict[str, str]) -> None: ...
 
     async def publish_acked(
@@ -79,10 +85,13 @@ class _Waiting:
     due: float
     backoff_seconds: float = ACK_SECONDS
     stop_listening: Callable[[], None] | None = None
+    acknowledged: float | None = None
 
 
 class JetStreamUsageLog:
     """Publishes each event at once, and again (under the same message id) until the stream has it or it is too late.
+
+    A server that dies may take with it what it has just acknowledged, so that is published again on the next connection.
 
     NATS keeps the order of what one connection publishes: when the caller sees its verdict, the server has its usage event.
     """
@@ -90,8 +99,11 @@ class JetStreamUsageLog:
     def __init__(self, bus: Publisher) -> None:
         self._bus = bus
         self._waiting: dict[str, _Waiting] = {}
+        self._acknowledged: deque[_Waiting] = deque()
+        """Those of the last second before the last acknowledgement, at least."""
         self._replied = asyncio.Event()
         bus.on_drained.append(self.flush)
+        bus.on_reconnect.append(self.send_again)
 
     @property
     def waiting(self) -> int:
@@ -129,6 +141,17 @@ class JetStreamUsageLog:
             entry.due = now + entry.backoff_seconds
             _RESENT.inc()
             await self._send(entry)
+
+    async def send_again(self) -> None:
+        """What was acknowledged just before the connection was lost. The stream tells by the ids what it has already."""
+        now = self._bus.clock.monotonic()
+        again, self._acknowledged = self._acknowledged, deque()
+        for entry in again:
+            if now - entry.began < GIVE_UP_SECONDS and len(self._waiting) < MAX_WAITING:
+                entry.backoff_seconds, entry.due = ACK_SECONDS, now + ACK_SECONDS
+                self._waiting[entry.message_id] = entry
+                _RESENT.inc()
+                await self._send(entry)
 
     async def flush(self) -> None:
         """Give every event its last chance to be acknowledged, but not for long: whoever stops us does not wait either."""
@@ -168,7 +191,16 @@ class JetStreamUsageLog:
         self._replied.set()
         # What was not stored stays due.
         if _stored(msg) and self._waiting.pop(entry.message_id, None) is not None:
-            _STORED.inc()
+            if entry.acknowledged is None:
+                _STORED.inc()
+            self._keep_for_a_while(entry)
+
+    def _keep_for_a_while(self, entry: _Waiting) -> None:
+        entry.acknowledged = now = self._bus.clock.monotonic()
+        kept = self._acknowledged
+        kept.append(entry)
+        while kept[0].acknowledged is not None and now - kept[0].acknowledged > WRITTEN_SECONDS:
+            kept.popleft()
 
     @staticmethod
     def _stop_listening(entry: _Waiting) -> None:

@@ -13,8 +13,6 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 
-import nats.errors
-import nats.js.errors
 import pytest
 
 from infra.embedded import servers
@@ -22,14 +20,14 @@ from infra.embedded.servers import Server
 from libs.common import subjects, tasks
 from libs.common.bus import Bus
 from libs.common.clock import SystemClock
-from libs.common.contracts import UsageRecorded, encode
-from libs.common.errors import PortcullisError
+from libs.common.contracts import UsageRecorded
 from services.auth.adapters import PostgresKeys, PostgresLedgers, engine_url, make_engine
 from services.auth.core import Usage
 from services.auth.migrate import migrate
 from services.auth.ports import StreamError
 from services.auth.stream import GATHER_SECONDS, PAUSE_SECONDS, JetStreamUsage
 from services.auth.usage import UsageCounter
+from services.detector_proxy.adapters import JetStreamUsageLog
 from tests.conftest import OPERATOR, free_port
 from tests.integration.auth_kit import ADMIN_TOKEN, PEPPER, Breakable, Kit, connect, new_database, until
 from tests.unit.auth.fakes import new_key
@@ -56,6 +54,7 @@ class Ledger:
 
     def __init__(self, proxy: Bus, keys: PostgresKeys, key_id: str) -> None:
         self.proxy = proxy
+        self.log = JetStreamUsageLog(proxy)
         self.key_id = key_id
         self.published = 0
         self.malicious = 0
@@ -63,18 +62,10 @@ class Ledger:
         self._keys = keys
 
     async def publish(self, count: int, pause_seconds: float = 0.0) -> None:
-        """Publish `count` events, or enough, as the proxy does: each until it is acknowledged, under an id of its own."""
+        """Publish `count` events, or enough, through the proxy's own log, each under an id of its own."""
         for n in range(count):
             event = UsageRecorded(key_id=self.key_id, at_ms=int(time.time() * 1000), requests=1, malicious=n % 2)
-            headers = {"Nats-Msg-Id": secrets.token_hex(8)}
-            while True:
-                try:
-                    jetstream = self.proxy.connection.jetstream(timeout=1)
-                    await jetstream.publish(subjects.USAGE_RECORDED, encode(event), headers=headers)
-                except (nats.errors.Error, PortcullisError):
-                    await asyncio.sleep(0.05)
-                else:
-                    break
+            await self.log.record(event, secrets.token_hex(8))
             self.published += 1
             self.malicious += n % 2
             await asyncio.sleep(pause_seconds)
@@ -106,9 +97,12 @@ async def ledger_of(kit: Kit) -> AsyncIterator[Ledger]:
         await keys.add(key)
         proxy = kit.bus("detector_proxy", OPERATOR)
         await proxy.connect()
+        ledger = Ledger(proxy, keys, key.key_id)
         await proxy.start()
         stack.push_async_callback(proxy.drain)
-        yield Ledger(proxy, keys, key.key_id)
+        sending = asyncio.create_task(ledger.log.run())
+        stack.push_async_callback(tasks.end, sending)
+        yield ledger
 
 
 @asynccontextmanager
@@ -159,9 +153,14 @@ async def test_connections_to_postgres_ended_in_the_middle_lose_and_double_nothi
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 async def test_a_restart_of_nats_loses_and_doubles_nothing(kit: Kit, nats_of_its_own: Breakable, how: int) -> None:
+    # So many at a time that some have just been acknowledged, and are not on the disk yet.
     async with ledger_of(kit) as ledger, counting(kit), counting(kit):
-        publishing = asyncio.create_task(ledger.publish(300, 0.005))
-        await asyncio.sleep(0.7)
+        publishing = asyncio.create_task(ledger.publish(1500, 0.0005))
+
+        async def has_begun() -> bool:
+            return ledger.published > 500
+
+        await until(has_begun, "500 events to be published")
         await asyncio.to_thread(nats_of_its_own.stop, how)
         await asyncio.sleep(0.2)
         await asyncio.to_thread(nats_of_its_own.start)

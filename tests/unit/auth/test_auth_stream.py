@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Any, cast
 
 import nats.errors
+import nats.js.errors
 import pytest
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.js import JetStreamContext
 
 from services.auth.ports import StreamError
-from services.auth.stream import BATCH_EVENTS, PAUSE_SECONDS, JetStreamReader
+from services.auth.stream import BATCH_EVENTS, PAUSE_SECONDS, WRITTEN_SECONDS, JetStreamReader
 
 
 def message(stream_sequence: int, consumer_sequence: int) -> Msg:
@@ -25,6 +26,7 @@ class Subscription:
     def __init__(self, *fetches: list[Msg]) -> None:
         self._fetches = list(fetches)
         self.pauses: list[float] = []
+        self.is_gone = False
 
     async def pause(self, seconds: float) -> None:
         self.pauses.append(seconds)
@@ -33,6 +35,10 @@ class Subscription:
         if not self._fetches:
             raise nats.errors.TimeoutError
         return self._fetches.pop(0)
+
+    async def consumer_info(self) -> None:
+        if self.is_gone:
+            raise nats.js.errors.NotFoundError
 
 
 def reader(*fetches: list[Msg]) -> JetStreamReader:
@@ -61,7 +67,7 @@ async def test_events_are_left_in_the_stream_for_a_while_so_that_they_come_toget
     read = reader_of(subscription)
     await read.batch()
     await read.batch()
-    assert subscription.pauses == [PAUSE_SECONDS, PAUSE_SECONDS]
+    assert subscription.pauses == [PAUSE_SECONDS, WRITTEN_SECONDS] * 2
 
 
 async def test_a_count_that_is_behind_does_not_pause() -> None:
@@ -70,6 +76,13 @@ async def test_a_count_that_is_behind_does_not_pause() -> None:
     subscription = Subscription(full[:1], full[1:], rest, [])
     read = reader_of(subscription)
     assert len(await read.batch()) == BATCH_EVENTS
-    assert len(subscription.pauses) == 1
     assert len(await read.batch()) == 1
-    assert len(subscription.pauses) == 1
+    assert subscription.pauses == [PAUSE_SECONDS, WRITTEN_SECONDS, WRITTEN_SECONDS]
+
+
+async def test_what_a_server_may_have_lost_again_is_not_counted() -> None:
+    subscription = Subscription([message(1, 1)], [message(2, 2)])
+    read = reader_of(subscription)
+    subscription.is_gone = True  # with the server's memory, and perhaps with these events
+    with pytest.raises(StreamError):
+        await read.batch()

@@ -15,7 +15,7 @@ from libs.common.contracts import Message, UsageRecorded
 from libs.common.errors import ErrorCode, PortcullisError
 from libs.common.subjects import USAGE_RECORDED
 from services.detector_proxy import adapters
-from services.detector_proxy.adapters import ACK_SECONDS, GIVE_UP_SECONDS, MAX_WAITING, JetStreamUsageLog
+from services.detector_proxy.adapters import ACK_SECONDS, GIVE_UP_SECONDS, MAX_WAITING, WRITTEN_SECONDS, JetStreamUsageLog
 from services.detector_proxy.metrics import USAGE_EVENTS
 
 EVENT = UsageRecorded(key_id="key1", at_ms=1, requests=1, malicious=0)
@@ -29,6 +29,7 @@ class FakeBus:
     def __init__(self) -> None:
         self.clock = ManualClock()
         self.on_drained: list[Hook] = []
+        self.on_reconnect: list[Hook] = []
         self.connected = True
         self.sent: list[str] = []
         self.listening: dict[int, Callable[[Msg], None]] = {}
@@ -123,6 +124,43 @@ async def test_without_a_connection_it_is_kept_for_later() -> None:
     bench.bus.connected = True
     await bench.pass_time(ACK_SECONDS)
     assert bench.bus.sent == ["a"]
+
+
+async def test_what_was_acknowledged_just_before_the_connection_was_lost_is_sent_again() -> None:
+    bench = Bench()
+    (reconnected,) = bench.bus.on_reconnect
+    for message_id in ("long ago", "a", "b"):
+        await bench.log.record(EVENT, message_id)
+        bench.bus.reply(STORED)
+        bench.bus.clock.advance(WRITTEN_SECONDS * 0.6)
+    await bench.log.record(EVENT, "waits")
+    await reconnected()
+    assert bench.bus.sent == ["long ago", "a", "b", "waits", "a", "b"]
+    assert bench.log.waiting == 3
+    for _ in range(3):
+        bench.bus.reply(DUPLICATE)
+    await bench.pass_time(GIVE_UP_SECONDS * 2)
+    assert len(bench.bus.sent) == 6
+    assert (bench.log.waiting, bench.counted("stored"), bench.counted("resent")) == (0, 4, 2)
+
+
+async def test_after_a_long_outage_what_the_stream_may_have_forgotten_the_id_of_is_not_sent_again() -> None:
+    bench = Bench()
+    await bench.log.record(EVENT, "a")
+    bench.bus.reply(STORED)
+    await bench.pass_time(GIVE_UP_SECONDS)
+    await bench.log.send_again()
+    assert bench.bus.sent == ["a"]
+
+
+async def test_what_is_kept_after_its_acknowledgement_does_not_grow() -> None:
+    bench = Bench()
+    for number in range(1000):
+        await bench.log.record(EVENT, str(number))
+        bench.bus.reply(STORED)
+        bench.bus.clock.advance(WRITTEN_SECONDS / 10)
+    await bench.log.send_again()
+    assert len(bench.bus.sent) - 1000 == pytest.approx(10, abs=1)
 
 
 async def test_the_same_event_twice_is_one() -> None:
