@@ -10,12 +10,14 @@ from fastapi import FastAPI, Request, Response
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
+from starlette.middleware.exceptions import ExceptionMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from libs.common import VERSION
 from libs.common.bus import Bus
-from libs.common.errors import ErrorCode, PortcullisError
+from libs.common.errors import PortcullisError
 from services.edge import openapi, pages, problems
 from services.edge.admission import Admission
 from services.edge.batch import Batches
@@ -39,9 +41,25 @@ CORS_MAX_AGE_SECONDS = 600
 class _PlainRoute(APIRoute):
     """A route whose function takes the request and gives the response: nothing for FastAPI to parse, validate or convert."""
 
-    def get_route_handler(self) -> Callable[[Request], Awaitable[Response]]:  # type: ignore[override]  # awaitable will do
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
         endpoint: Callable[[Request], Awaitable[Response]] = self.endpoint
-        return endpoint
+
+        async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+            response = await endpoint(Request(scope, receive, send))
+            await response(scope, receive, send)
+
+        self.app = answer
+
+
+class _App(FastAPI):
+    """FastAPI without the layers that have nothing to do here: the gate is where bugs end, and `Bodies` bounds what is read."""
+
+    def build_middleware_stack(self) -> ASGIApp:
+        app: ASGIApp = ExceptionMiddleware(self.router, handlers=self.exception_handlers)
+        for middleware, arguments, options in reversed(self.user_middleware):
+            app = middleware(app, *arguments, **options)
+        return app
 
 
 def build(stages: Stages, settings: EdgeSettings, console: Console | None = None) -> Gate:
@@ -76,7 +94,7 @@ def build(stages: Stages, settings: EdgeSettings, console: Console | None = None
         most_submissions=settings.edge_max_batches,
     )
     batches.later = jobs.submit
-    app = FastAPI(
+    app = _App(
         title="Portcullis",
         version=VERSION,
         description=openapi.DESCRIPTION,
@@ -91,7 +109,6 @@ def build(stages: Stages, settings: EdgeSettings, console: Console | None = None
             HTTPException: _framework_refusal,
             405: _wrong_method,
             ClientDisconnect: _gone,
-            Exception: _bug,
         },
     )
     app.router.route_class = _PlainRoute
@@ -139,11 +156,6 @@ async def _wrong_method(request: Request, _: Any) -> Response:
     routes = [route for route in request.app.routes if isinstance(route, Route) and route.path_regex.match(path)]
     allowed = sorted({method for route in routes for method in route.methods or ()})
     return problems.respond_http(405, call_of(request.scope).request_id, {"allow": ", ".join(allowed)})
-
-
-async def _bug(request: Request, _: Exception) -> Response:
-    # Starlette raises the exception again after this answer; the gate logs it.
-    return problems.respond(PortcullisError(ErrorCode.INTERNAL), call_of(request.scope).request_id)
 
 
 async def _gone(_: Request, __: Exception) -> Response:
