@@ -99,8 +99,7 @@ class NoRespondersError(PortcullisError):
 Hook = Callable[[], Awaitable[None]]
 
 
-@dataclass(frozen=True, slots=True)
-class Response:
+class Response(msgspec.Struct, frozen=True, gc=False):
     """A decoded answer and the time that the stages spent on it (milliseconds by stage)."""
 
     reply: Reply

@@ -5,7 +5,8 @@ from __future__ import annotations
 import random
 import re
 import secrets
-from dataclasses import dataclass, field
+
+import msgspec
 
 from libs.common.clock import Clock
 from libs.common.errors import ErrorCode, PortcullisError
@@ -45,8 +46,7 @@ def new_traceparent() -> str:
     return f"00-{_ids.getrandbits(128) or 1:032x}-{new_span_id()}-00"
 
 
-@dataclass(frozen=True, slots=True)
-class RequestContext:
+class RequestContext(msgspec.Struct, frozen=True, gc=False):
     """`deadline_ms`: epoch milliseconds, as whoever began the request has set it; passed on as it came. `timings`: milliseconds
     by stage, in the order of the path. `ends`: when time is up by this process's monotonic clock; None: by the deadline alone.
 
@@ -57,8 +57,8 @@ class RequestContext:
     deadline_ms: int
     request_id: str
     traceparent: str
-    timings: dict[str, float] = field(default_factory=dict)
-    attempt_of: str = field(default_factory=new_request_id)
+    timings: dict[str, float] = msgspec.field(default_factory=dict)
+    attempt_of: str = msgspec.field(default_factory=new_request_id)
     ends: float | None = None
 
     @classmethod

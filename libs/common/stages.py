@@ -8,7 +8,6 @@ import logging
 import re
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, replace
 from typing import Generic, Protocol, TypeVar
 
 import msgspec
@@ -37,16 +36,14 @@ MAX_DOOR_BYTES = 1024 * 1024
 _ORIGIN = re.compile(r"_INBOX(\.[A-Za-z0-9_-]+){1,4}", re.ASCII)
 
 
-@dataclass(frozen=True, slots=True)
-class Forward:
+class Forward(msgspec.Struct, frozen=True, gc=False):
     """A handler's decision: on to the next stage, with the same origin and deadline."""
 
     subject: str
     message: Message
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
+class Answer(msgspec.Struct, frozen=True, gc=False):
     """A handler's decision: reply to the origin. `result` may already be encoded."""
 
     result: Message | msgspec.Raw | None
@@ -149,7 +146,7 @@ class Stage(Generic[T]):
             # Work that outlives its deadline is cancelled: the caller has been told, and will not read it.
             async with asyncio.timeout(remaining):
                 outcome = await self._handle(msg, body, context)
-            spent = replace(
+            spent = msgspec.structs.replace(
                 context,
                 timings={**context.timings, self._bus.service: (time.perf_counter_ns() - started) / 1e6},
             )

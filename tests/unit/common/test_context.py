@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
+import msgspec
 import pytest
 
 from libs.common.bus import HEADER_RESERVE_BYTES
@@ -149,5 +148,5 @@ def test_headers_of_any_timings_are_within_what_is_kept_free_for_them() -> None:
     }
     context = from_headers(given, CLOCK)
     assert len(context.timings) == MOST_TIMINGS
-    spent = replace(context, timings={**context.timings, "detector_proxy": 123456.789})
+    spent = msgspec.structs.replace(context, timings={**context.timings, "detector_proxy": 123456.789})
     assert sum(len(name) + len(value) + 4 for name, value in spent.outgoing(CLOCK).items()) <= HEADER_RESERVE_BYTES
