@@ -31,6 +31,9 @@ _FOR_A_SESSION: Final = (("portcullis.queue", "model"),)
 _CERTAIN: Final = 0.5
 """A request is taken when it would wait for at most this part of its time: a forecast is no more exact than that, and what is
 scored too late is work that nobody gets anything of."""
+_FIRST_SHARE: Final = 4
+"""Who comes to sessions that have nothing to do is scored in a batch of a quarter of the usual bound: what came first need not
+wait for what came with it, and there is another session, or another turn, for the rest."""
 _FULL: Final = 0.5
 """Batches of at least this part of their bound tell how fast a queue is worked off."""
 
@@ -207,14 +210,17 @@ class Batcher:
         """Make batches while anything waits, or so many tokens, and see each through."""
         loop = asyncio.get_running_loop()
         while True:
+            has_rested = False
             while not (self._urgent or self._patient) or self._queued_tokens < least_tokens:
                 if self._closing:
                     return
+                has_rested = True
                 self._work.clear()
                 await self._work.wait()
             if self._queued_tokens < self._limits.batch_tokens and self._limits.wait_seconds > 0 and not self._closing:
                 await self._sleep(self._limits.wait_seconds)
-            batch = self._gather()
+            is_first = has_rested and not self._running_tokens
+            batch = self._gather(self._limits.batch_tokens // (_FIRST_SHARE if is_first else 1))
             if not batch:
                 continue
             self._metrics.began([len(item.ids) for item in batch], self._clock.monotonic() - min(item.since for item in batch))
@@ -258,8 +264,8 @@ class Batcher:
             if item.request.taken is None:
                 item.request.taken, item.request.batch_rows = now, len(batch)
 
-    def _gather(self) -> list[Item]:
-        """The next batch: what has waited longest, and others of like length."""
+    def _gather(self, most_tokens: int) -> list[Item]:
+        """The next batch: what has waited longest, and others of like length, up to so many tokens with its padding."""
         overdue = self._clock.monotonic() - self._limits.overtaken_seconds
         first, second = self._urgent, self._patient
         longest_patient = self._patient.oldest()
@@ -271,7 +277,7 @@ class Batcher:
         batch: list[Item] = []
         # What the one queue leaves of the batch is filled from the other.
         for queue in (first, second):
-            queue.fill(batch, self._limits.batch_tokens)
+            queue.fill(batch, most_tokens)
         return batch
 
     def _take_off(self, item: Item) -> None:

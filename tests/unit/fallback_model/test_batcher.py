@@ -92,6 +92,12 @@ async def test_a_full_batch_is_ready_before_the_thread_is(runner: FakeRunner, cl
     await batcher.close()
 
 
+async def test_who_comes_first_to_an_idle_session_does_not_wait_for_a_full_batch(batcher: Batcher, runner: FakeRunner) -> None:
+    for _ in range(2):
+        await batcher.score(rows(*[10] * 10))
+    assert [len(batch) for batch in runner.batches] == [2, 8, 2, 8]
+
+
 async def test_scores_come_back_in_the_order_of_the_rows(batcher: Batcher) -> None:
     scores = await batcher.score(rows(5, 80, 6, 7, 90, 5))
     assert scores.logits.tolist() == [0, 1, 2, 3, 4, 5]
