@@ -14,6 +14,7 @@ from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 
 import pytest
+from nats.js import api
 
 from infra.embedded import servers
 from infra.embedded.servers import Server
@@ -201,6 +202,15 @@ async def test_a_stream_made_anew_is_counted_from_its_beginning(kit: Kit) -> Non
         assert await ledger.proxy.connection.jetstream().delete_stream(subjects.USAGE_STREAM)
         await ledger.publish(20)
         await ledger.settle()
+
+
+async def test_no_event_costs_a_flush_of_the_disk_where_jobs_have_the_server_flush_always(kit: Kit) -> None:
+    assert "sync_interval" in str(servers.nats_configuration({}, host="", port=0, store=Path())["jetstream"])
+    async with ledger_of(kit) as ledger, counting(kit):
+        await ledger.publish(1)
+        await ledger.settle()
+        stream = await ledger.proxy.connection.jetstream().stream_info(subjects.USAGE_STREAM)
+    assert stream.config.persist_mode == api.PersistMode.ASYNC
 
 
 async def test_a_stream_that_is_there_is_not_altered(kit: Kit) -> None:
