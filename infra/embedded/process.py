@@ -1,4 +1,4 @@
-"""What Linux offers so that no process outlives the one that started it."""
+"""What Linux offers a process of the stack: an end with the one that started it, and patience about its turn."""
 
 from __future__ import annotations
 
