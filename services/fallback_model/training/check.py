@@ -80,5 +80,5 @@ def _logits(model: Detector, found: Set) -> Array:
         for first in range(0, len(ordered), _ROWS):
             places, ids = zip(*ordered[first : first + _ROWS], strict=True)
             tokens = padded(list(ids), _ROOM).to(device)
-            np.maximum.at(logits, list(places), model(tokens.ids, tokens.mask)[0].float().cpu().numpy())
+            np.maximum.at(logits, list(places), model.judge(tokens.ids, tokens.mask).float().cpu().numpy())
     return logits

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from services.fallback_model.labels import THREATS
+from services.fallback_model.training import ngrams
 from services.fallback_model.training.network import Detector, Shape
 
 OPSET = 20  # Gelu is an operation of its own from here on
@@ -186,7 +187,39 @@ def _network(graph: _Graph, weights: Mapping[str, Floats], shape: Shape, max_tok
         columns = constant(f"{head}.weight", weights[f"{head}.weight"].T)
         product = node("MatMul", pooled, columns, name=f"{head}.product")
         node("Add", product, constant(f"{head}.bias", weights[f"{head}.bias"]), name=name)
-    node("Squeeze", "logits", one, name="logit")
+    deep = node("Squeeze", "logits", one, name="logit.deep")
+    node("Add", deep, _ngrams(graph, weights["ngrams.table"], keep, (zero, one, two)), name="logit")
+
+
+def _ngrams(graph: _Graph, table: Floats, keep: str, index: tuple[str, str, str]) -> str:
+    """What the n-grams say of each row (see `ngrams.NGrams`); the table is of eight bits in float32 as well."""
+    node, constant = graph.node, graph.constant
+    zero, one, two = index
+    before = node("Pad", "input_ids", constant("ngrams.room", [0, 2, 0, 0], np.int64), name="ngrams.before")
+    last = [constant(f"ngrams.end.{end}", [-end], np.int64) for end in (1, 2)]
+    shown = [
+        node("Unsqueeze", values, two, name=f"ngrams.shown.{place}")
+        for place, values in enumerate(
+            (
+                "input_ids",
+                node("Slice", before, one, last[0], one, name="ngrams.token.1"),
+                node("Slice", before, zero, last[1], one, name="ngrams.token.2"),
+            )
+        )
+    ]
+    factors = constant("ngrams.factors", np.array(ngrams.MULTIPLIERS).T, np.int64)
+    mixed = node("MatMul", node("Concat", *shown, name="ngrams.shown", axis=2), factors, name="ngrams.mixed")
+    moved = node("Add", mixed, constant("ngrams.offsets", ngrams.OFFSETS, np.int64), name="ngrams.moved")
+    bucket = node("Mod", moved, constant("ngrams.buckets", ngrams.BUCKETS, np.int64), name="ngrams.bucket")
+    scale = float(np.abs(table).max()) / 127 or 1.0
+    rounded = constant("ngrams.table", np.rint(table / scale), np.int8)
+    found = node("Cast", node("Gather", rounded, bucket, name="ngrams.rounded"), name="ngrams.found", to=TensorProto.FLOAT)
+    each = node("ReduceSum", found, two, name="ngrams.each", keepdims=0)
+    total = node("ReduceSum", node("Mul", each, keep, name="ngrams.kept"), one, name="ngrams.total", keepdims=0)
+    length = node("Sqrt", node("ReduceSum", keep, one, name="ngrams.count", keepdims=0), name="ngrams.length")
+    whole = node("Mul", node("Div", total, length, name="ngrams.mean"), constant("ngrams.scale", scale), name="ngrams.whole")
+    bounds = [constant(f"ngrams.{end}", value) for end, value in (("least", -ngrams.BOUND), ("most", ngrams.BOUND))]
+    return node("Clip", whole, *bounds, name="ngrams.logit")
 
 
 def _layer(graph: _Graph, weights: Mapping[str, Floats], name: str, hidden: str, bias: str, shape: Shape) -> str:

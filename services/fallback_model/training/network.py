@@ -18,6 +18,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
+from services.fallback_model.training.ngrams import NGrams
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -80,6 +82,8 @@ class Detector(nn.Module):
 
     Mean pooling is what the sentence encoder was trained with; the first token's state is free to become a detector of
     one odd sentence among many, which a mean would water down; a maximum over the tokens sees a single strong one.
+
+    `ngrams` are fitted when the rest is finished, and learn nothing with it: `judge` counts them in, `forward` does not.
     """
 
     def __init__(self, shape: Shape, threats: int, dropout: float = 0.1) -> None:
@@ -92,6 +96,7 @@ class Detector(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.malicious = nn.Linear(3 * shape.width, 1)
         self.threats = nn.Linear(3 * shape.width, threats)
+        self.ngrams = NGrams()
 
     def encode(self, input_ids: Tensor, keep: Tensor) -> Tensor:
         """The encoder's last states, [rows, tokens, width]; `keep` is 1 where a token counts and 0 elsewhere."""
@@ -107,6 +112,11 @@ class Detector(nn.Module):
         """Both inputs are int64 [rows, tokens]. Returns logits: [rows] for malicious and [rows, threats]."""
         pooled = self.dropout(self.pool(input_ids, attention_mask))
         return self.malicious(pooled)[:, 0], self.threats(pooled)
+
+    def judge(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """The logits for malicious that are released, [rows]: those of `forward` and of the n-grams."""
+        logits: Tensor = self(input_ids, attention_mask)[0]
+        return logits + self.ngrams(input_ids, attention_mask)
 
     def pool(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """What the heads see: [rows, 3 x width]."""
@@ -147,7 +157,7 @@ def load_base(path: Path, threats: int, dropout: float) -> Detector:
                 target[f"layers.{index}.{ours}.{end}"] = source[f"encoder.layer.{index}.{theirs}.{end}"]
     missing, unexpected = model.load_state_dict(target, strict=False)
     heads = {f"{head}.{end}" for head in ("malicious", "threats") for end in ("weight", "bias")}
-    if unexpected or set(missing) != heads:
+    if unexpected or set(missing) != heads | {"ngrams.table"}:
         raise KeyError(f"checkpoint does not fit: missing {sorted(set(missing) - heads)}, unexpected {unexpected}")
     return model
 
@@ -189,6 +199,7 @@ def load_release(path: Path, threats: int, dropout: float) -> Detector:
         target[f"{head}.weight"], target[f"{head}.bias"] = found[f"{head}.weight"].T, found[f"{head}.bias"]
     values = {name: torch.tensor(np.ascontiguousarray(value)) for name, value in target.items()}
     missing, unexpected = model.load_state_dict(values, strict=False)
-    if unexpected or set(missing) != {"kind"}:
+    # The n-grams are fitted anew on what comes out of further training.
+    if unexpected or set(missing) != {"kind", "ngrams.table"}:
         raise KeyError(f"not a release of this network: missing {missing}, unexpected {unexpected}")
     return model

@@ -23,7 +23,7 @@ from torch.nn import functional
 from services.fallback_model.characters import spell
 from services.fallback_model.eval.corpus import Row, read_rows
 from services.fallback_model.labels import THREATS
-from services.fallback_model.training import check, parallel, vocabulary, written
+from services.fallback_model.training import check, ngrams, parallel, vocabulary, written
 from services.fallback_model.training.align import Pair, align
 from services.fallback_model.training.feed import Tokens, feed, grouped, padded
 from services.fallback_model.training.heads import refit_threats
@@ -44,7 +44,8 @@ class Plan:
 
     `places`: tokens of the base's vocabulary that give way to pieces of other languages. `judged`: share of a label that is what
     the teachers say. `own_fold`: how much more the teacher counts that has not seen the row. `further_tokens`: by labels alone;
-    `further_share`: how far the released weights lie towards what comes out of that. From a release, only this last part is done.
+    `further_share`: how far the released weights lie towards what comes out of that. `ngram_tokens`: what the n-grams are fitted
+    on. From a release, only these last parts are done.
     """
 
     places: int = 9500
@@ -53,6 +54,7 @@ class Plan:
     student_tokens: int = 85_000_000
     further_tokens: int = 97_000_000
     further_share: float = 0.4
+    ngram_tokens: int = 60_000_000
     max_tokens: int = 256
     batch_tokens: int = 24_576
     batch_rows: int = 640
@@ -260,13 +262,19 @@ def train(
                 locate(teachers[0])
         part = Part("student", sampler, plan.student_tokens, plan.seed, teachers)
         student = finished(part, lambda: _beginner(model))
-    further = finished(
-        Part("further", sampler, plan.further_tokens, plan.seed + 10, falling=True), lambda: copy.deepcopy(student)
-    )
-    with torch.no_grad():
-        for ours, theirs in zip(student.parameters(), further.parameters(), strict=True):
-            ours.lerp_(theirs, plan.further_share)
-    refit_threats(student, sampler.seeded(plan.seed + 20).typed(_TYPED), tokenizer, plan.max_tokens - 2)
+    if plan.further_tokens:
+        part = Part("further", sampler, plan.further_tokens, plan.seed + 10, falling=True)
+        further = finished(part, lambda: copy.deepcopy(student))
+        with torch.no_grad():
+            for ours, theirs in zip(student.parameters(), further.parameters(), strict=True):
+                ours.lerp_(theirs, plan.further_share)
+        refit_threats(student, sampler.seeded(plan.seed + 20).typed(_TYPED), tokenizer, plan.max_tokens - 2)
+
+    def shown(seed: int) -> Iterator[Batch]:
+        return batches(sampler.seeded(seed).stream(), tokenizer, plan, seed)
+
+    fed = (batch.to(device) for batch in feed(shown, plan.seed + 30, processes))
+    ngrams.fit(student.ngrams, ((batch.tokens, batch.target) for batch in fed), plan.ngram_tokens)
     _save(student, out / "weights.pt")
     check.show("released", student, sets)
     return out / "weights.pt"
