@@ -208,6 +208,11 @@ class _Source:
     def chunks(self) -> _Chunks:
         return _chunks(self.text, self.lexicon)
 
+    @functools.cached_property
+    def longest_word(self) -> int:
+        """Characters without a blank in between. Where they are few, no expression for long runs need be tried."""
+        return max(map(len, self.text.split()), default=0)
+
 
 Found = Iterator[tuple[int, int, str]]
 
@@ -235,12 +240,15 @@ def _from_bytes(data: bytes) -> str | None:
     return decoded if _is_text(decoded) else None
 
 
+_SHORTEST_RUN: Final = 16
 _SHORTEST_BLOB: Final = 8
 """Fewer characters of base64 are less than six bytes, which `_is_text` takes for nothing."""
-_BASE64: Final = re.compile(r"[A-Za-z0-9+/_-]{16,}(?:\r?\n[A-Za-z0-9+/_-]{4,})*={0,2}")
+_BASE64: Final = re.compile(rf"[A-Za-z0-9+/_-]{{{_SHORTEST_RUN},}}(?:\r?\n[A-Za-z0-9+/_-]{{4,}})*={{0,2}}")
 
 
 def _base64(source: _Source) -> Found:
+    if source.longest_word < _SHORTEST_RUN:
+        return
     for match in _BASE64.finditer(source.text):
         blob = match[0]
         if blob.isalpha() and (blob.islower() or blob.isupper()):
@@ -367,6 +375,9 @@ def _chunks(text: str, lexicon: Lexicon) -> _Chunks:
     starts[0] = 0  # the stops that a text begins with go with the first: backwards they end it
     evidence = np.add.reduceat(lexicon.pair_evidence[pairs_of(letter_numbers(f"{text} "))], starts, dtype=np.float64)
     plain, turned, backwards, number, inner = evidence.T
+    if (np.maximum(turned, backwards) - plain).max() < _LEAST_GAIN:  # as in nearly all texts
+        none = np.zeros(len(starts), dtype=np.bool_)
+        return _Chunks(starts, ends, none, none)
     # Single letters between signs, as in `\\u0041`, are no words of anything.
     wordy = (inner >= _LEAST_INNER * number) & (inner >= _FEWEST_INNER)
     rot13 = turned >= backwards
@@ -390,6 +401,8 @@ def _enciphered(plain: Sums, deciphered: Sums, pairs: Sums, wordy: NDArray[np.bo
 
 def _joined_chunks(chunks: _Chunks, wanted: NDArray[np.bool_]) -> Iterator[tuple[int, int]]:
     """Where the wanted chunks stand, neighbours put together."""
+    if not wanted.any():
+        return
     whole: tuple[int, int] | None = None
     for start, end in zip(chunks.starts[wanted].tolist(), chunks.ends[wanted].tolist(), strict=True):
         if whole and end - whole[0] <= _FRAGMENT_CHARACTERS and start == whole[1]:
@@ -444,12 +457,15 @@ def _spaced(source: _Source) -> Found:
         yield match.start(), match.end(), decoded
 
 
-_JOINED: Final = re.compile(r"[A-Za-z]{24,}+")
+_SHORTEST_JOINED: Final = 24
+_JOINED: Final = re.compile(rf"[A-Za-z]{{{_SHORTEST_JOINED},}}+")
 _LONGEST_JOINED: Final = 2_000
 
 
 def _joined(source: _Source) -> Found:
     """Words run together: `ignoreallpreviousinstructions`."""
+    if source.longest_word < _SHORTEST_JOINED:
+        return
     for match in _JOINED.finditer(source.text):
         if len(match[0]) > _LONGEST_JOINED:
             continue
@@ -523,7 +539,9 @@ def _unleet(text: str, lexicon: Lexicon) -> _LeetWords:
     if not _LEET_MARK.search(text):
         return found
     words, bare = [], []
-    for word in set(_LEET_WORD.findall(text)):
+    # Most of what stands between blanks is of letters alone, and need not be taken apart.
+    marked = [part for part in set(text.split()) if not part.isalpha() and not _LEET_SIGNS.isdisjoint(part)]
+    for word in set(_LEET_WORD.findall(" ".join(marked))):
         if word.isalpha() or _LEET_SIGNS.isdisjoint(word):
             continue
         core = word.lstrip("'").rstrip("!'")
@@ -531,8 +549,8 @@ def _unleet(text: str, lexicon: Lexicon) -> _LeetWords:
             continue
         words.append(word)
         bare.append(core)
-    if not bare:
-        return found
+    if not any(core.strip(_NO_LETTERS) for core in bare):
+        return found  # numbers alone are no hits
     # All at once, one a line: a translation costs little more for a text than for a word.
     lower = "\n".join(bare).lower()
     readings = [lower.translate(table).split("\n") for table in (_LEET, _LEET_L)]
