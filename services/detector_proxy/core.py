@@ -206,7 +206,7 @@ class Judge:
             with suppress(EngineError):  # counted by the guard; `degraded` tells the caller
                 result = await self.primary.detect(payload, context, self._remaining(context) * PRIMARY_SHARE)
             # In the answer's headers too: what is slow is somebody else's engine, and no reason for the edge to take in less.
-            context.timings["engine"] = timings["engine"] = (time.perf_counter() - started) * 1000
+            context.timings["engine"] = timings["engine"] = _milliseconds_since(started)
         degraded = self.primary is not None and result is None
         if result is None:
             started = time.perf_counter()
@@ -214,7 +214,7 @@ class Judge:
                 result = await self.fallback.detect(payload, context, self._remaining(context))
             except EngineError as error:
                 raise self._no_verdict(error, context) from error
-            timings["fallback"] = (time.perf_counter() - started) * 1000
+            timings["fallback"] = _milliseconds_since(started)
         return verdict(payload, result, timings, degraded=degraded, default_threshold=self.default_threshold)
 
     def _remaining(self, context: RequestContext) -> float:
@@ -222,6 +222,10 @@ class Judge:
 
     def _no_verdict(self, error: EngineError, context: RequestContext) -> PortcullisError:
         return no_verdict(error, self._remaining(context), self.fallback.breaker)
+
+
+def _milliseconds_since(started: float) -> float:
+    return round((time.perf_counter() - started) * 1000, 3)
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,6 +54,7 @@ async def test_the_time_of_the_primary_goes_with_every_answer(primary: FakeEngin
     asked = context(bench.clock, 10)
     await bench.judge.judge(TEXT, asked)
     assert ("engine" in asked.timings) is (primary is not None)
+    assert all(milliseconds == round(milliseconds, 3) for milliseconds in asked.timings.values())
 
 
 async def test_without_a_primary_the_pool_is_the_engine_and_nothing_is_degraded() -> None:
