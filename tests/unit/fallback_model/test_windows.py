@@ -13,7 +13,8 @@ from services.fallback_model.engine import load_tokenizer
 from services.fallback_model.paths import DEFAULT_MODEL
 from services.fallback_model.windows import Windower, characters
 
-WINDOWER = Windower(load_tokenizer(DEFAULT_MODEL), max_tokens=16, overlap=5)
+TOKENIZER = load_tokenizer(DEFAULT_MODEL)
+WINDOWER = Windower(TOKENIZER, max_tokens=16, overlap=5)
 
 
 @settings(max_examples=150)
@@ -32,6 +33,38 @@ def test_every_token_is_in_a_window_and_no_window_is_too_long(text: str) -> None
         assert 0 <= start <= end <= len(text)
     for before, after in itertools.pairwise(windows):
         assert before.last - after.first >= 5
+
+
+_PARTS = st.one_of(
+    st.sampled_from(
+        [
+            "Alpha",
+            "BETA-9",
+            "it's",
+            "[MASK]",
+            "[mask]",
+            "[SEP]",
+            "x" * 101,
+            "\x00",
+            "\x0b",
+            "\x7f",
+            "\r\n",
+            "\t",
+            "é",
+            "忽",
+            "\u200b",
+        ]
+    ),
+    st.text(st.characters(max_codepoint=0x7F), max_size=12),
+)
+
+
+@settings(max_examples=300)
+@given(st.lists(_PARTS, max_size=12).map("".join))
+def test_plain_texts_become_the_tokens_that_the_whole_tokenizer_gives(text: str) -> None:
+    whole = TOKENIZER.encode(text, add_special_tokens=False)
+    encoding = WINDOWER.encode([text])[0]
+    assert (encoding.ids, encoding.offsets) == (whole.ids, whole.offsets)
 
 
 def test_a_text_without_tokens_still_has_a_window() -> None:
