@@ -15,6 +15,7 @@ Ids = NDArray[np.int64]
 
 # `tokenizers` takes a text in one piece without harm, but the pieces of one call run in parallel, which one long text would not.
 _PROBE: Final = "a"
+# What BERT's normaliser drops: all control characters but a tab and the ends of lines.
 _CONTROL: Final = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 
 
@@ -37,15 +38,12 @@ class _Plain:
         self._tokenizer.normalizer = None
         self._special = [token.content.lower() for token in tokenizer.get_added_tokens_decoder().values()]
 
-    def takes(self, text: str) -> bool:
-        """False for a text with control characters or others than ASCII's, or with one of the special tokens."""
-        if not text.isascii() or _CONTROL.search(text):
-            return False
-        lower = text.lower()
-        return not any(special in lower for special in self._special)
-
-    def encode(self, texts: list[str]) -> list[Encoding]:
-        return self._tokenizer.encode_batch([text.lower() for text in texts], add_special_tokens=False)
+    def encode(self, texts: list[str]) -> list[Encoding] | None:
+        """None where one is not of printable ASCII and blanks alone, or holds a special token, which is not in lower case."""
+        lower = [text.lower() for text in texts if text.isascii() and not _CONTROL.search(text)]
+        if len(lower) < len(texts) or any(special in text for text in lower for special in self._special):
+            return None
+        return self._tokenizer.encode_batch(lower, add_special_tokens=False)
 
 
 class Windower:
@@ -70,9 +68,8 @@ class Windower:
 
     def encode(self, texts: list[str]) -> list[Encoding]:
         """Encodings without special tokens; releases the interpreter lock while it works."""
-        if self._plain is not None and all(map(self._plain.takes, texts)):
-            return self._plain.encode(texts)
-        return self._tokenizer.encode_batch(texts, add_special_tokens=False)
+        encodings = self._plain.encode(texts) if self._plain is not None else None
+        return self._tokenizer.encode_batch(texts, add_special_tokens=False) if encodings is None else encodings
 
     def cut(self, encoding: Encoding) -> list[Window]:
         """At least one window, even of no tokens; every token is in one, and the last window is full where the text allows."""

@@ -24,10 +24,10 @@ MULTIPLIERS: Final = (
     (611_953, 245_489, 1_000_003),
 )
 """Of a token, the one before it and the one before that, for each kind of n-gram: the token, the pair, the pair with a gap, the
-triple. Large and prime, so that n-grams of different tokens hardly ever meet in a bucket."""
+triple. Odd, so that, where all else is the same, two tokens never meet in a bucket."""
 OFFSETS: Final = (1, 2, 3, 5)
 SHARE: Final = 0.4
-"""What its logit counts beside the network's. From 0.3 to 0.8 all sets that were looked at give nearly the same figures."""
+"""What its logit counts beside the network's. From 0.3 to 0.5 all sets that were looked at give nearly the same figures."""
 MOST: Final = 1.0
 """No weight is greater: what an n-gram says by itself must not decide, since in other texts it may stand for something else."""
 BOUND: Final = 2.0

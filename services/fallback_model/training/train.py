@@ -113,6 +113,15 @@ def batches(samples: Iterator[Sample], tokenizer: Tokenizer, plan: Plan, seed: i
             yield _collate(group, room)
 
 
+def _fed(sampler: Sampler, tokenizer: Tokenizer, plan: Plan, seed: int, processes: int) -> Iterator[Batch]:
+    """Batches of what a sampler draws, from as many processes."""
+
+    def shown(own_seed: int) -> Iterator[Batch]:
+        return batches(sampler.seeded(own_seed).stream(), tokenizer, plan, own_seed)
+
+    return feed(shown, seed, processes)
+
+
 def _collate(group: list[tuple[list[int], Sample]], room: int) -> Batch:
     threat = torch.zeros((len(group), len(THREATS)))
     threat_weight = torch.zeros(len(group))
@@ -177,13 +186,9 @@ def fit(model: Detector, part: Part, tokenizer: Tokenizer, plan: Plan, processes
     warm_up = int(part.tokens * plan.warm_up_share)
     progress = Progress(part.name, part.tokens, warm_up, 1 - plan.warm_up_share if part.falling else plan.decay)
     device = next(model.parameters()).device
-
-    def shown(own_seed: int) -> Iterator[Batch]:
-        return batches(part.sampler.seeded(own_seed).stream(), tokenizer, plan, own_seed)
-
     model.train()
     ours, theirs = list(average.parameters()), list(model.parameters())
-    for batch in feed(shown, part.seed, processes):
+    for batch in _fed(part.sampler, tokenizer, plan, part.seed, processes):
         step(model, optimizer, _loss(model, part.teachers, batch.to(device), plan), progress, batch.tokens.ids.numel())
         with torch.no_grad():
             torch._foreach_lerp_(ours, theirs, 1 - min(plan.averaging, 1 - 1 / progress.steps))
@@ -269,11 +274,7 @@ def train(
             for ours, theirs in zip(student.parameters(), further.parameters(), strict=True):
                 ours.lerp_(theirs, plan.further_share)
         refit_threats(student, sampler.seeded(plan.seed + 20).typed(_TYPED), tokenizer, plan.max_tokens - 2)
-
-    def shown(seed: int) -> Iterator[Batch]:
-        return batches(sampler.seeded(seed).stream(), tokenizer, plan, seed)
-
-    fed = (batch.to(device) for batch in feed(shown, plan.seed + 30, processes))
+    fed = (batch.to(device) for batch in _fed(sampler, tokenizer, plan, plan.seed + 30, processes))
     ngrams.fit(student.ngrams, ((batch.tokens, batch.target) for batch in fed), plan.ngram_tokens)
     _save(student, out / "weights.pt")
     check.show("released", student, sets)
