@@ -20,7 +20,7 @@ from libs.common.tracing import Head, PerSecond, Recorded, Recorder, Standard
 
 log = logging.getLogger(__name__)
 
-EVERY_MS: Final = "1000"
+EVERY_MS: Final = "2000"
 """How often spans are sent, unless `OTEL_BSP_SCHEDULE_DELAY` (milliseconds) says otherwise."""
 BATCH_SPANS: Final = 256
 PROCESSOR_SHARE: Final = 0.05

@@ -244,8 +244,8 @@ _decode_report = msgspec.json.Decoder(BreakerReport).decode
 
 
 class Fleet:
-    """`look` at what the processes answer, about once a second; `picture` says what is known. Times: monotonic seconds, and epoch
-    milliseconds for what is shown."""
+    """`look` at what the processes answer, about once a second or less often; `picture` says what is known. Times: monotonic
+    seconds, and epoch milliseconds for what is shown."""
 
     def __init__(self) -> None:
         self._processes: dict[str, _Process] = {}
@@ -253,7 +253,7 @@ class Fleet:
         self._leaving: deque[str] = deque(maxlen=256)
         self._news: deque[News] = deque(maxlen=MAX_NEWS)
         self._history: dict[str, deque[Point]] = {name: deque(maxlen=HISTORY) for name in STAGES}
-        self._looked = False
+        self._looked_at: float | None = None
 
     @property
     def proxies(self) -> int:
@@ -271,7 +271,7 @@ class Fleet:
                 if len(self._processes) >= MAX_REPLICAS:
                     continue
                 process = self._processes[stats.id] = _Process(service, stats, now, now_ms)
-                if self._looked:
+                if self._looked_at is not None:
                     self._tell(now_ms, "came", service, f"{process.instance[:8]} is here")
             if process.presence != "up":
                 self._tell(now_ms, "came", service, f"{process.instance[:8]} is back")
@@ -282,11 +282,13 @@ class Fleet:
             if key not in seen:
                 self._miss(process, now_ms)
         self._forget(now)
-        self._looked = True
+        # A point for each second, whoever looks how often.
+        points = 1 if self._looked_at is None else min(HISTORY, max(1, round(now - self._looked_at)))
+        self._looked_at = now
         for stage in self.stages():
-            self._history[stage.name].append(
-                Point(round(stage.flow.rate, 2), round(stage.flow.failed, 2), stage.flow.p99_ms or stage.flow.mean_ms)
-            )
+            flow = stage.flow
+            point = Point(round(flow.rate, 2), round(flow.failed, 2), flow.p99_ms or flow.mean_ms)
+            self._history[stage.name].extend([point] * points)
 
     def _miss(self, process: _Process, now_ms: float) -> None:
         process.missed += 1

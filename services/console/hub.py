@@ -50,6 +50,7 @@ class Hub:
         self._watchers: set[Watcher] = set()
         self._last: dict[str, bytes] = {}
         self._closed = False
+        self.has_watchers = asyncio.Event()
 
     @property
     def watchers(self) -> int:
@@ -69,10 +70,13 @@ class Hub:
         for event, data in self._last.items():
             watcher.tell(event, data)
         self._watchers.add(watcher)
+        self.has_watchers.set()
         try:
             yield watcher
         finally:
             self._watchers.discard(watcher)
+            if not self._watchers:
+                self.has_watchers.clear()
 
     def close(self) -> None:
         """The console stops: every watcher's messages end."""

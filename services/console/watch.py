@@ -1,9 +1,10 @@
-"""Looks at the fleet about once a second, and tells whoever watches."""
+"""Looks at the fleet about once a second while anybody watches, and tells them; less often otherwise."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+from contextlib import suppress
 from typing import Final
 
 import msgspec
@@ -19,6 +20,8 @@ from services.console.hub import Hub
 log = logging.getLogger(__name__)
 
 PERIOD_SECONDS: Final = 1.0
+UNWATCHED_PERIOD_SECONDS: Final = 5.0
+"""Every process of the fleet answers every look: a third of all that an idle gateway does, where one looks once a second."""
 WINDOW_SECONDS: Final = 0.7
 """How long answers are waited for."""
 
@@ -43,6 +46,9 @@ class Watch:
                 await self._look()
             self.tell()
             await asyncio.sleep(max(0.05, PERIOD_SECONDS - (self._bus.clock.monotonic() - began)))
+            with suppress(TimeoutError):
+                async with asyncio.timeout(UNWATCHED_PERIOD_SECONDS - PERIOD_SECONDS):
+                    await self._hub.has_watchers.wait()
 
     def tell(self) -> None:
         picture = self._fleet.picture(self._now_ms(), connected=self._bus.connected)

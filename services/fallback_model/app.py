@@ -30,6 +30,8 @@ _PREPARING_THREADS = 2
 _MAX_IN_FLIGHT = 1024
 _MAX_BULK_IN_FLIGHT = 16
 """Messages with many texts: enough to find texts of like length for a batch, and no more than a second or two of work."""
+_BULK_TURN = 2
+"""Batches in one go: the event loop is woken half as often, and what the sessions keep in their caches lasts longer."""
 _AHEAD = 1
 """A thread that scores would sleep between two batches, which was one twentieth of the time."""
 
@@ -59,6 +61,7 @@ async def load_detector(settings: FallbackModelSettings) -> Detector:
             SystemClock(),
             begin_thread=processors.give_way,
             ahead=_AHEAD,
+            turn=_BULK_TURN,
             lane="bulk",
         ),
         _PREPARING_THREADS,

@@ -90,14 +90,17 @@ class Batcher:
         *,
         begin_thread: Callable[[], None] | None = None,
         ahead: int = 0,
+        turn: int = 1,
         lane: str = "single",
     ) -> None:
         """`begin_thread` is called first in each thread that runs batches. `lane`: for the metrics, see there.
 
         `ahead`: full batches that are ready before a thread is, at most one for each runner, which must bear two threads then.
-        No thread has to wait for its next batch so, when there is enough to do.
+        No thread has to wait for its next batch so, when there is enough to do. `turn`: batches that a thread scores in one go,
+        when what waits is enough for all threads.
         """
         self._limits = limits
+        self._turn = turn
         self._clock = clock
         self._sleep = sleep
         self._urgent = Queue(self._take_off)
@@ -207,7 +210,7 @@ class Batcher:
         self._threads.shutdown(wait=False)
 
     async def _serve(self, runner: Runner, least_tokens: int = 0) -> None:
-        """Make batches while anything waits, or so many tokens, and see each through."""
+        """Make batches while anything waits, or so many tokens, and see them through."""
         loop = asyncio.get_running_loop()
         while True:
             has_rested = False
@@ -219,36 +222,54 @@ class Batcher:
                 await self._work.wait()
             if self._queued_tokens < self._limits.batch_tokens and self._limits.wait_seconds > 0 and not self._closing:
                 await self._sleep(self._limits.wait_seconds)
-            is_first = has_rested and not self._running_tokens
-            batch = self._gather(self._limits.batch_tokens // (_FIRST_SHARE if is_first else 1))
-            if not batch:
+            batches = self._take_turn(is_first=has_rested and not self._running_tokens)
+            if not batches:
                 continue
-            self._metrics.began([len(item.ids) for item in batch], self._clock.monotonic() - min(item.since for item in batch))
-            self._note_begin(batch)
-            tokens = sum(len(item.ids) for item in batch)
+            tokens = sum(len(item.ids) for batch in batches for item in batch)
             self._running_tokens += tokens
             try:
-                rows = [item.ids for item in batch]
-                scored = await loop.run_in_executor(self._threads, self._run, runner, rows, self._clock.monotonic())
-            except Exception as error:  # noqa: BLE001  # handed to those who asked, whatever it is; the worker goes on
-                for item in batch:
-                    if not item.request.done.done():
-                        item.request.done.set_exception(error)
-                continue
+                rows = [[item.ids for item in batch] for batch in batches]
+                outcomes = await loop.run_in_executor(self._threads, self._run, runner, rows, self._clock.monotonic())
             finally:
                 self._running_tokens -= tokens
-            self._metrics.scored(scored.seconds)
-            self._deliver(batch, scored.scores)
-            self._measure(batch, scored.occupied_seconds)
+            for batch, outcome in zip(batches, outcomes, strict=True):
+                if isinstance(outcome, Exception):
+                    for item in batch:
+                        if not item.request.done.done():
+                            item.request.done.set_exception(outcome)
+                    continue
+                self._metrics.scored(outcome.seconds)
+                self._deliver(batch, outcome.scores)
+                self._measure(batch, outcome.occupied_seconds)
 
-    def _run(self, runner: Runner, rows: list[Ids], ready: float) -> Scored:
-        """In one of the threads; `ready`: since when the batch has been waiting for it."""
-        free = getattr(self._thread, "free", -math.inf)
-        began = time.perf_counter()
-        scores = runner.run(rows)
-        seconds = time.perf_counter() - began
-        self._thread.free = self._clock.monotonic()
-        return Scored(scores, seconds, self._thread.free - max(ready, free))
+    def _take_turn(self, *, is_first: bool) -> list[list[Item]]:
+        """The batches that a thread scores next; there may be none."""
+        most = self._limits.batch_tokens
+        batches = [self._gather(most // (_FIRST_SHARE if is_first else 1))]
+        while not is_first and len(batches) < self._turn and self._queued_tokens > self._sessions * most:
+            batches.append(self._gather(most))
+        batches = [batch for batch in batches if batch]
+        for batch in batches:
+            self._metrics.began([len(item.ids) for item in batch], self._clock.monotonic() - min(item.since for item in batch))
+            self._note_begin(batch)
+        return batches
+
+    def _run(self, runner: Runner, batches: list[list[Ids]], ready: float) -> list[Scored | Exception]:
+        """In one of the threads; `ready`: since when the batches have been waiting for it. Of one that fails, what the engine
+        raised."""
+        outcomes: list[Scored | Exception] = []
+        for rows in batches:
+            free = getattr(self._thread, "free", -math.inf)
+            began = time.perf_counter()
+            try:
+                scores = runner.run(rows)
+            except Exception as error:  # noqa: BLE001  # handed to those who asked, whatever it is; the worker goes on
+                outcomes.append(error)
+                continue
+            seconds = time.perf_counter() - began
+            self._thread.free = self._clock.monotonic()
+            outcomes.append(Scored(scores, seconds, self._thread.free - max(ready, free)))
+        return outcomes
 
     def _measure(self, batch: list[Item], seconds: float) -> None:
         tokens = sum(len(item.ids) for item in batch)

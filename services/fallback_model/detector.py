@@ -14,11 +14,12 @@ from libs.common import tracing
 from services.fallback_model import metrics
 from services.fallback_model.batcher import Batcher, Busy
 from services.fallback_model.engine import Scores
-from services.fallback_model.model import Detection, Model, Prepared, milliseconds
-from services.fallback_model.preparer import TEXTS_TOGETHER, Preparer
-from services.fallback_model.windows import Ids
+from services.fallback_model.model import Detection, Located, Model, Prepared, milliseconds
+from services.fallback_model.preparer import Preparer
 
 _LEARNING: Final = 0.05
+_BULK_PART: Final = 16
+"""Texts of one message that are prepared in one go: some milliseconds of work, and a message has several such parts."""
 _FOR_A_THREAD: Final = (("portcullis.queue", "prepare"),)
 
 
@@ -71,7 +72,7 @@ class Detector:
     async def detect_many(self, texts: Sequence[str], *, detailed: bool = False, seconds: float = math.inf) -> list[Judged]:
         """Judges many texts side by side, as bulk work. What becomes of one is no matter of the others: where `detect` would
         have raised an exception, that is its outcome."""
-        parts = (texts[start : start + TEXTS_TOGETHER] for start in range(0, len(texts), TEXTS_TOGETHER))
+        parts = (texts[start : start + _BULK_PART] for start in range(0, len(texts), _BULK_PART))
         judged = await asyncio.gather(*(self._detect_part(part, detailed=detailed, seconds=seconds) for part in parts))
         return [each for part in judged for each in part]
 
@@ -126,21 +127,20 @@ class Detector:
         metrics.count_text(bulk=lane is self._bulk, truncated=detection.coverage.truncated)
         if not detailed:
             return detection
+        located: Located | None = None
         logits: list[float] = []
-        rows: list[Ids] = []
-        sentences: list[tuple[int, int]] = []
         if detection.probability >= detection.threshold:
             loop = asyncio.get_running_loop()
-            rows, sentences = await loop.run_in_executor(lane.preparer.threads, self.model.sentences, prepared, scores)
-        if rows:
-            logits = (await lane.batcher.score(rows, urgent=prepared.urgent)).logits.tolist()
+            located = await loop.run_in_executor(lane.preparer.threads, self.model.locate, prepared, scores)
+            if located.rows:
+                logits = (await lane.batcher.score(located.rows, urgent=prepared.urgent)).logits.tolist()
         timings = {
             "waited": round((ready - began) * 1000 - sum(prepared.timings.values()), 3),
             "model": milliseconds(ready, scored),
         }
-        if rows:
+        if located is not None:
             timings["narrow"] = milliseconds(scored, time.perf_counter())
-        return self.model.explain(detection, prepared, scores, logits, sentences, timings)
+        return self.model.explain(detection, prepared, scores, located, logits, timings)
 
     @property
     def waiting(self) -> int:

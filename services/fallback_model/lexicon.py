@@ -11,12 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers.models import Unigram
 
-from services.fallback_model.characters import codes_of
-
 LONGEST_WORD: Final = 18
 _UNKNOWN_COST: Final = 12.0
 NO_LETTER: Final = 26
 _ROT13: Final = [*range(13, 26), *range(13), NO_LETTER]
+
+_NUMBERS: Final = bytes(string.ascii_lowercase.find(chr(code).lower()) % (NO_LETTER + 1) for code in range(256))
 
 Letters = NDArray[np.uint8]
 Likelihoods = NDArray[np.float32]
@@ -24,8 +24,7 @@ Likelihoods = NDArray[np.float32]
 
 def letter_numbers(text: str) -> Letters:
     """For each character 0 to 25 for a letter of ASCII, large or small, and 26 (`NO_LETTER`) for anything else."""
-    numbers: Letters = np.minimum((codes_of(text) | 0x20) - np.uint32(ord("a")), np.uint32(NO_LETTER)).astype(np.uint8)
-    return numbers
+    return np.frombuffer(text.encode("ascii", "replace").translate(_NUMBERS), dtype=np.uint8)
 
 
 def pairs_of(numbers: Letters) -> NDArray[np.int16]:

@@ -103,11 +103,12 @@ class Place:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A text cut into rows for the engine: `rows` are distinct, `places` say where each comes from."""
+    """A text cut into rows for the engine: `rows` are distinct, `places` say where each comes from; `tokens` are those of all
+    views."""
 
     text: str
     normalised: Normalised
-    encodings: list[Encoding]
+    tokens: int
     places: list[Place]
     rows: list[Ids]
     timings: dict[str, float]
@@ -118,6 +119,16 @@ class Prepared:
     def urgent(self) -> bool:
         """A long document waits for its turn: its hundreds of windows would hold up every short text."""
         return len(self.rows) <= MOST_URGENT_WINDOWS
+
+
+@dataclass(frozen=True)
+class Located:
+    """`encodings` of all views, with offsets. `sentences`: characters in the view of the worst window, and the same as `rows` for
+    the engine; none where there would be a single one."""
+
+    encodings: list[Encoding]
+    sentences: list[tuple[int, int]]
+    rows: list[Ids]
 
 
 class Model:
@@ -145,13 +156,12 @@ class Model:
         began = time.perf_counter()
         normalised = normalise(text, self._lexicon, spelt=self.card.spelt)
         middle = time.perf_counter()
-        encodings = self._windower.encode([view.text for view in normalised.views])
+        undone = _undone(normalised.views, len(text))
+        encodings = self._windower.encode([view.text for view in normalised.views], located=undone is not None)
         rows: dict[bytes, int] = {}
         kept: list[Ids] = []
         places = []
-        undone = _undone(normalised.views, len(text))
-        for index, encoding in enumerate(encodings):
-            view = normalised.views[index]
+        for index, (view, encoding) in enumerate(zip(normalised.views, encodings, strict=True)):
             for window in self._windower.cut(encoding):
                 row = rows.setdefault(window.ids.tobytes(), len(kept))
                 if row == len(kept):
@@ -162,7 +172,7 @@ class Model:
         return Prepared(
             text,
             normalised,
-            encodings,
+            sum(map(len, encodings)),
             places,
             kept,
             {"normalise": milliseconds(began, middle), "tokenise": milliseconds(middle, end)},
@@ -188,7 +198,7 @@ class Model:
             ),
             model=self.card.name,
             coverage=Coverage(
-                tokens=sum(len(encoding.ids) for encoding in prepared.encodings),
+                tokens=prepared.tokens,
                 windows=len(prepared.places),
                 truncated=not prepared.normalised.complete,
             ),
@@ -202,33 +212,36 @@ class Model:
         if not HIDING.isdisjoint(view.transforms) or not HIDING.isdisjoint(transforms.keys() & {"confusables", "tag_characters"}):
             named.add("encoding_attack")
         if not named:
-            named = {THREATS[int(np.argmax(margins))]}
+            named = {THREATS[margins.index(max(margins))]}
         return tuple(threat for threat in THREATS if threat in named)
 
-    def sentences(self, prepared: Prepared, scores: Scores) -> tuple[list[Ids], list[tuple[int, int]]]:
-        """The sentences of the worst window as rows of their own, and their characters in its view; empty for a single one."""
+    def locate(self, prepared: Prepared, scores: Scores) -> Located:
+        """Where in the text its windows and the sentences of the worst one are. As much work as to prepare it."""
         _, worst = self.logit(prepared, scores)
-        text = prepared.normalised.views[worst.view].text
-        start, end = window_characters(prepared.encodings[worst.view], worst.window)
+        texts = [view.text for view in prepared.normalised.views]
+        encodings = self._windower.encode(texts, located=True)
+        text = texts[worst.view]
+        start, end = window_characters(encodings[worst.view], worst.window)
         found = [(start + m.start(), start + m.end()) for m in _SENTENCE.finditer(text[start:end]) if m[0].strip()]
         if not 1 < len(found) <= _MOST_SENTENCES:
-            return [], []
-        encodings = self._windower.encode([text[a:b] for a, b in found])
-        return [self._windower.cut(encoding)[0].ids for encoding in encodings], found
+            return Located(encodings, [], [])
+        rows = [self._windower.cut(encoding)[0].ids for encoding in self._windower.encode([text[a:b] for a, b in found])]
+        return Located(encodings, found, rows)
 
     def explain(
         self,
         detection: Detection,
         prepared: Prepared,
         scores: Scores,
+        located: Located | None,
         sentence_logits: list[float],
-        sentences: list[tuple[int, int]],
         timings: dict[str, float],
     ) -> Detection:
-        """The same detection with spans, a reason and timings. A benign text gets no spans."""
-        spans: tuple[Span, ...] = ()
-        if detection.probability >= detection.threshold:
-            spans = self._spans(detection, prepared, scores, sentence_logits, sentences)
+        """The same detection with spans, a reason and timings. A benign text is not `located`, and gets no spans.
+
+        `sentence_logits`: of the rows in `located`.
+        """
+        spans = self._spans(detection, prepared, scores, located, sentence_logits) if located is not None else ()
         return Detection(
             **{
                 **detection.__dict__,
@@ -239,43 +252,39 @@ class Model:
         )
 
     def _spans(
-        self,
-        detection: Detection,
-        prepared: Prepared,
-        scores: Scores,
-        sentence_logits: list[float],
-        sentences: list[tuple[int, int]],
+        self, detection: Detection, prepared: Prepared, scores: Scores, located: Located, sentence_logits: list[float]
     ) -> tuple[Span, ...]:
         probability = self.card.calibration.probability
         _, worst = self.logit(prepared, scores)
-        first = self._span(prepared, worst, probability(_logit(worst, scores)))
+        first = _span(prepared, worst, probability(_logit(worst, scores)), located)
         if sentence_logits:
             best = int(np.argmax(sentence_logits))
             # A sentence that is malicious by itself is the better answer; else only the window as a whole is.
             if probability(sentence_logits[best]) >= detection.threshold:
                 view = prepared.normalised.views[worst.view]
-                start, end = view.source(*sentences[best])
+                start, end = view.source(*located.sentences[best])
                 first = Span(start, end, probability(sentence_logits[best]), first.transform)
         spans = [first]
         for place in sorted(prepared.places, key=lambda place: -_logit(place, scores)):
             score = probability(_logit(place, scores))
             if len(spans) == MOST_SPANS or score < detection.threshold:
                 break
-            span = self._span(prepared, place, score)
+            span = _span(prepared, place, score, located)
             if all(span.end <= other.start or span.start >= other.end for other in spans):
                 spans.append(span)
         return tuple(spans)
 
-    def _span(self, prepared: Prepared, place: Place, score: float) -> Span:
-        view = prepared.normalised.views[place.view]
-        start, end = window_characters(prepared.encodings[place.view], place.window)
-        # A view without any token (a text of invisible characters) has no place of its own.
-        where = view.source(start, end) if end > start else (0, len(prepared.text))
-        return Span(*where, score, "+".join(view.transforms) or None)
-
 
 def _logit(place: Place, scores: Scores) -> float:
     return float(scores.logits[place.row]) - place.discount
+
+
+def _span(prepared: Prepared, place: Place, score: float, located: Located) -> Span:
+    view = prepared.normalised.views[place.view]
+    start, end = window_characters(located.encodings[place.view], place.window)
+    # A view without any token (a text of invisible characters) has no place of its own.
+    where = view.source(start, end) if end > start else (0, len(prepared.text))
+    return Span(*where, score, "+".join(view.transforms) or None)
 
 
 def _undone(views: list[View], length: int) -> NDArray[np.int64] | None:

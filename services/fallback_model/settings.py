@@ -32,7 +32,7 @@ class FallbackModelSettings(CommonSettings):
     """Tokens of one batch, padding included."""
     model_queue_tokens: Annotated[int, Field(ge=1024)] = 65_536
     """Tokens that may wait; from then on the worker answers that it is busy."""
-    model_bulk_batch_tokens: Annotated[int, Field(ge=128)] = 256
+    model_bulk_batch_tokens: Annotated[int, Field(ge=128)] = 512
     """As `model_batch_tokens`, for the texts of batches and jobs, whose threads give way to single texts."""
     model_bulk_queue_tokens: Annotated[int, Field(ge=1024)] = 65_536
     """As `model_queue_tokens`, for the texts of batches and jobs, which have a queue of their own."""

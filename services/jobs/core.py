@@ -375,6 +375,10 @@ class Schedule:
         self._keys = {key: turn for key, turn in self._keys.items() if key in keys or turn.in_flight}
         self._jobs = {job: turn for job, turn in self._jobs.items() if job in self._waiting or turn.in_flight}
 
+    @property
+    def has_waiting(self) -> bool:
+        return bool(self._waiting)
+
     def take(self, now: float, most: int) -> tuple[str, str, int] | None:
         """Whose turn it is, and how many items to fetch. `done` must follow."""
         ready = [job for job in self._waiting if self._ready(job, now)]

@@ -28,7 +28,9 @@ from services.jobs.ports import Backend, Delivery, Kept, Queues, RecordMovedErro
 log = logging.getLogger(__name__)
 
 LOOK_SECONDS = 0.5
-"""How often a replica looks for what others have accepted or finished."""
+"""How often a replica looks for what others have accepted or finished, while there are jobs."""
+IDLE_LOOK_SECONDS = 2.0
+"""The same while there are none. What this replica accepts is seen at once, and so it is begun, whoever else sees it later."""
 COUNT_SECONDS = 1.0
 """How often a running job's results are counted."""
 MOST_PER_JOB = 2
@@ -113,6 +115,7 @@ class Runner:
         self._emptied: set[str] = set()
         """Jobs of which nothing waits any more, and something is in our hands."""
         self._changed = asyncio.Event()
+        self._has_jobs = False
         self._look = asyncio.Event()
         self._stopping = False
 
@@ -144,12 +147,13 @@ class Runner:
             await self._guarded(self.look(), "looking for work")
             self._changed.set()
             with suppress(TimeoutError):
-                async with asyncio.timeout(LOOK_SECONDS):
+                async with asyncio.timeout(LOOK_SECONDS if self._has_jobs else IDLE_LOOK_SECONDS):
                     await self._look.wait()
 
     async def look(self) -> None:
         """See what there is to do; count, end and clean up what is due."""
         queues = await self._queues.all()
+        self._has_jobs = bool(queues)
         metrics.OPEN.set(len(queues))
         metrics.WAITING.set(sum(queue.waiting for queue in queues))
         metrics.IN_HAND.set(sum(queue.in_hand for queue in queues))
@@ -278,7 +282,8 @@ class Runner:
             if not worked and not self._stopping:
                 self._changed.clear()
                 with suppress(TimeoutError):
-                    async with asyncio.timeout(LOOK_SECONDS / 2):
+                    # A job that is blocked becomes ready by the clock; where there is none, nothing does.
+                    async with asyncio.timeout(LOOK_SECONDS / 2 if self._schedule.has_waiting else None):
                         await self._changed.wait()
 
     async def turn(self, key_id: str, job_id: str, most: int) -> bool:

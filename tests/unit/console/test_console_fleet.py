@@ -189,6 +189,14 @@ def test_memory_is_bounded_whoever_comes_and_goes() -> None:
     assert len(watched.fleet.history()["auth"]) == HISTORY
 
 
+def test_a_curve_has_a_point_for_each_second_however_often_somebody_looks() -> None:
+    watched = Watched()
+    watched.look(stats("auth", "a", endpoint("auth.v1.check", 0)))
+    watched.look(stats("auth", "a", endpoint("auth.v1.check", 50)), seconds=5.0)
+    watched.look(stats("auth", "a", endpoint("auth.v1.check", 51)))
+    assert [point.rate for point in watched.fleet.history()["auth"]] == [0.0, 10.0, 10.0, 10.0, 10.0, 10.0, 8.5]
+
+
 @pytest.mark.parametrize(
     "answer",
     [

@@ -11,7 +11,7 @@ import pytest
 from prometheus_client import REGISTRY
 
 from libs.common.clock import ManualClock
-from services.fallback_model.batcher import Batcher, Busy, Limits
+from services.fallback_model.batcher import Batcher, Busy, Limits, Runner, Scored
 from services.fallback_model.engine import Scores
 from services.fallback_model.windows import Ids
 
@@ -89,6 +89,44 @@ async def test_a_full_batch_is_ready_before_the_thread_is(runner: FakeRunner, cl
     runner.gate.set()
     await asyncio.gather(*tasks)
     assert runner.batches == [[10], [6], [4], [10]]
+    await batcher.close()
+
+
+async def test_a_thread_takes_several_batches_when_there_is_enough_for_all(runner: FakeRunner, clock: ManualClock) -> None:
+    handed: list[int] = []
+
+    class Counting(Batcher):
+        def _run(self, runner: Runner, batches: list[list[Ids]], ready: float) -> list[Scored | Exception]:
+            handed.append(len(batches))
+            return super()._run(runner, batches, ready)
+
+    batcher = Counting([runner], Limits(batch_tokens=10), clock, no_wait, turn=2)
+    first = await occupied(batcher, runner)
+    tasks = [asyncio.create_task(batcher.score(rows(10, mark=mark))) for mark in range(4)]
+    await asyncio.sleep(0)
+    runner.gate.set()
+    await first
+    assert [int(scores.logits[0]) for scores in await asyncio.gather(*tasks)] == [0, 1, 2, 3]
+    assert handed == [1, 2, 1, 1], "the last two might have been for two threads"
+    await batcher.close()
+
+
+async def test_of_several_batches_in_a_turn_only_the_one_that_fails_does(clock: ManualClock) -> None:
+    class Picky(FakeRunner):
+        def run(self, rows: list[Ids]) -> Scores:
+            if rows[0][0] == 1:
+                raise RuntimeError("no")
+            return super().run(rows)
+
+    runner = Picky()
+    batcher = Batcher([runner], Limits(batch_tokens=10), clock, no_wait, turn=3)
+    first = await occupied(batcher, runner)
+    tasks = [asyncio.create_task(batcher.score(rows(10, mark=mark))) for mark in range(5)]
+    await asyncio.sleep(0)
+    runner.gate.set()
+    await first
+    outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+    assert [isinstance(outcome, RuntimeError) for outcome in outcomes] == [False, True, False, False, False]
     await batcher.close()
 
 
