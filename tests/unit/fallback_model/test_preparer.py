@@ -28,7 +28,7 @@ class Work:
         self.seen.append((text, threading.get_ident()))
         if text == "bad":
             raise ValueError(text)
-        return Prepared(text, Normalised([], {}, complete=True), [], [], [], {})
+        return Prepared(text, Normalised([], {}, complete=True), 0, [], [], {})
 
     @property
     def texts(self) -> list[str]:
