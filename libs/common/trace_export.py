@@ -21,7 +21,8 @@ from libs.common.tracing import Head, PerSecond, Recorded, Recorder, Standard
 log = logging.getLogger(__name__)
 
 EVERY_MS: Final = "2000"
-"""How often spans are sent, unless `OTEL_BSP_SCHEDULE_DELAY` (milliseconds) says otherwise."""
+"""How often spans are sent, unless `OTEL_BSP_SCHEDULE_DELAY` (milliseconds) says otherwise. To send costs much the
+same however few there are."""
 BATCH_SPANS: Final = 256
 PROCESSOR_SHARE: Final = 0.05
 STOP_SECONDS: Final = 2.0

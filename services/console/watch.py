@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 PERIOD_SECONDS: Final = 1.0
 UNWATCHED_PERIOD_SECONDS: Final = 5.0
-"""Every process of the fleet answers every look: a third of all that an idle gateway does, where one looks once a second."""
+"""Every process of the fleet answers every look: much of what an idle gateway does, if nobody sees it."""
 WINDOW_SECONDS: Final = 0.7
 """How long answers are waited for."""
 

@@ -230,6 +230,8 @@ class Batcher:
             try:
                 rows = [[item.ids for item in batch] for batch in batches]
                 outcomes = await loop.run_in_executor(self._threads, self._run, runner, rows, self._clock.monotonic())
+            except RuntimeError as error:  # no thread could be had
+                outcomes = [error] * len(batches)
             finally:
                 self._running_tokens -= tokens
             for batch, outcome in zip(batches, outcomes, strict=True):
@@ -259,17 +261,20 @@ class Batcher:
         raised."""
         outcomes: list[Scored | Exception] = []
         for rows in batches:
-            free = getattr(self._thread, "free", -math.inf)
-            began = time.perf_counter()
             try:
-                scores = runner.run(rows)
+                outcomes.append(self._score(runner, rows, ready))
             except Exception as error:  # noqa: BLE001  # handed to those who asked, whatever it is; the worker goes on
                 outcomes.append(error)
-                continue
-            seconds = time.perf_counter() - began
-            self._thread.free = self._clock.monotonic()
-            outcomes.append(Scored(scores, seconds, self._thread.free - max(ready, free)))
         return outcomes
+
+    def _score(self, runner: Runner, rows: list[Ids], ready: float) -> Scored:
+        free = getattr(self._thread, "free", -math.inf)
+        began = time.perf_counter()
+        try:
+            scores = runner.run(rows)
+        finally:
+            self._thread.free = self._clock.monotonic()
+        return Scored(scores, time.perf_counter() - began, self._thread.free - max(ready, free))
 
     def _measure(self, batch: list[Item], seconds: float) -> None:
         tokens = sum(len(item.ids) for item in batch)

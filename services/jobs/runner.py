@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 LOOK_SECONDS = 0.5
 """How often a replica looks for what others have accepted or finished, while there are jobs."""
 IDLE_LOOK_SECONDS = 2.0
-"""The same while there are none. What this replica accepts is seen at once, and so it is begun, whoever else sees it later."""
+"""The same while there are none. A job is begun at once by the replica that accepted it; only its help comes later."""
 COUNT_SECONDS = 1.0
 """How often a running job's results are counted."""
 MOST_PER_JOB = 2

@@ -14,6 +14,7 @@ from services.fallback_model.windows import Ids
 
 BATCH_TOKENS = (128, 256, 512, 1024, 2048)
 TURNS = 5
+"""In which the sizes of batches are compared: a single one says little on a noisy machine."""
 
 
 def by_tokens(rows: Sequence[Ids], tokens: int) -> list[list[Ids]]:

@@ -8,6 +8,7 @@ from typing import cast
 
 import pytest
 
+from libs.common import tasks
 from libs.common.bus import Bus
 from libs.common.clock import SystemClock
 from services.console import watch
@@ -25,7 +26,7 @@ class CountingHub(Hub):
 
     def tell(self, event: str, data: bytes) -> None:
         super().tell(event, data)
-        self.told += 1
+        self.told += event == "fleet"
         if self.told == 2:
             self.twice.set()
 
@@ -44,4 +45,4 @@ async def test_who_begins_to_watch_is_told_anew_however_long_nobody_did(monkeypa
                 await hub.twice.wait()
         assert not hub.has_watchers.is_set()
     finally:
-        running.cancel()
+        await tasks.end(running)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator
+from concurrent.futures.thread import BrokenThreadPool
 
 import numpy as np
 import pytest
@@ -70,6 +71,18 @@ async def occupied(batcher: Batcher, runner: FakeRunner, tokens: int = 10) -> as
     return task
 
 
+async def waiting_together(batcher: Batcher, runner: FakeRunner, count: int) -> list[Scores | BaseException]:
+    """What becomes of requests of ten tokens that all wait before the session is free."""
+    first = await occupied(batcher, runner)
+    tasks = [asyncio.create_task(batcher.score(rows(10, mark=mark))) for mark in range(count)]
+    await asyncio.sleep(0)
+    runner.gate.set()
+    await first
+    outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+    await batcher.close()
+    return outcomes
+
+
 async def test_a_full_batch_is_ready_before_the_thread_is(runner: FakeRunner, clock: ManualClock) -> None:
     async def settle() -> None:
         for _ in range(10):  # it has had all the opportunity to leave the queue
@@ -101,14 +114,9 @@ async def test_a_thread_takes_several_batches_when_there_is_enough_for_all(runne
             return super()._run(runner, batches, ready)
 
     batcher = Counting([runner], Limits(batch_tokens=10), clock, no_wait, turn=2)
-    first = await occupied(batcher, runner)
-    tasks = [asyncio.create_task(batcher.score(rows(10, mark=mark))) for mark in range(4)]
-    await asyncio.sleep(0)
-    runner.gate.set()
-    await first
-    assert [int(scores.logits[0]) for scores in await asyncio.gather(*tasks)] == [0, 1, 2, 3]
+    outcomes = await waiting_together(batcher, runner, 4)
+    assert [int(each.logits[0]) for each in outcomes if isinstance(each, Scores)] == [0, 1, 2, 3]
     assert handed == [1, 2, 1, 1], "the last two might have been for two threads"
-    await batcher.close()
 
 
 async def test_of_several_batches_in_a_turn_only_the_one_that_fails_does(clock: ManualClock) -> None:
@@ -119,15 +127,19 @@ async def test_of_several_batches_in_a_turn_only_the_one_that_fails_does(clock: 
             return super().run(rows)
 
     runner = Picky()
-    batcher = Batcher([runner], Limits(batch_tokens=10), clock, no_wait, turn=3)
-    first = await occupied(batcher, runner)
-    tasks = [asyncio.create_task(batcher.score(rows(10, mark=mark))) for mark in range(5)]
-    await asyncio.sleep(0)
-    runner.gate.set()
-    await first
-    outcomes = await asyncio.gather(*tasks, return_exceptions=True)
-    assert [isinstance(outcome, RuntimeError) for outcome in outcomes] == [False, True, False, False, False]
-    await batcher.close()
+    outcomes = await waiting_together(Batcher([runner], Limits(batch_tokens=10), clock, no_wait, turn=3), runner, 5)
+    assert [isinstance(each, RuntimeError) for each in outcomes] == [False, True, False, False, False]
+
+
+async def test_where_no_thread_can_be_had_who_asks_is_told(runner: FakeRunner, clock: ManualClock) -> None:
+    def refuse() -> None:
+        raise OSError
+
+    batcher = Batcher([runner], Limits(batch_tokens=10), clock, no_wait, begin_thread=refuse)
+    async with asyncio.timeout(30):
+        with pytest.raises(BrokenThreadPool):
+            await batcher.score(rows(10))
+        await batcher.close()
 
 
 async def test_who_comes_first_to_an_idle_session_does_not_wait_for_a_full_batch(batcher: Batcher, runner: FakeRunner) -> None:
