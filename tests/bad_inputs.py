@@ -304,6 +304,10 @@ UNREADABLE: Mapping[str, bytes] = {
     "as large as may be": b" " * (MAX_PAYLOAD_BYTES - 1024),  # headers count, too
 }
 """Bodies that no stage can read."""
+NO_UTF8 = (
+    b"{" + b",".join(b'"%s": "\xff"' % name for name in (b"service", b"instance", b"name", b"id", b"key_id", b"job_id")) + b"}"
+)
+"""An object that is well until one looks into its strings."""
 NO_DEADLINES: tuple[str | None, ...] = (
     *(None, "", "soon", "nan", "1e15", "0x7fffffffffffffff", "9" * 30, "9" * 400, "9" * 5000),
     "-" + "9" * 400,

@@ -571,7 +571,7 @@ class Bus:
             resolve(msg)
 
     async def _on_left(self, msg: Msg) -> None:
-        with contextlib.suppress(msgspec.DecodeError):
+        with contextlib.suppress(ValueError, RecursionError):
             self._left.append(_decode_left(msg.data).instance)
 
     async def _on_client_disconnected(self, msg: Msg) -> None:
@@ -612,7 +612,8 @@ class Bus:
         event = "slow_consumer" if isinstance(error, nats.errors.SlowConsumerError) else "error"
         telemetry.NATS_EVENTS.labels(event).inc()
         # Ten attempts to reconnect a second fail alike; that the connection is lost, and when it is back, has its own line.
-        log.log(logging.WARNING if self.connected else logging.DEBUG, "NATS: %r", error)
+        # Not its repr: that of a UnicodeDecodeError holds all that was to be decoded.
+        log.log(logging.WARNING if self.connected else logging.DEBUG, "NATS: %s: %s", type(error).__name__, error)
         if self.broker._connection is None and isinstance(error, ssl.SSLCertVerificationError | PlainTextError):
             raise error  # out of `connect`: trying again for ever would help nobody
 

@@ -21,4 +21,4 @@ async def end(task: asyncio.Task[Any]) -> None:
         task.cancel()
         await asyncio.wait({task}, timeout=AGAIN_SECONDS)
     if not task.cancelled() and (error := task.exception()) is not None:
-        log.warning("a task in the background had failed: %r", error)
+        log.warning("a task in the background had failed: %s: %s", type(error).__name__, error)

@@ -82,6 +82,6 @@ class UsageCounter:
 def _read(body: bytes) -> UsageRecorded | None:
     try:
         event = _decode(body)
-    except msgspec.DecodeError:
+    except (ValueError, RecursionError):
         return None
     return event if is_sane(event) else None

@@ -406,7 +406,7 @@ def _breakers(answers: list[bytes], rate: RateState | None) -> Response:
                 reports.append(_BREAKER_REPORT.decode(reply.result))
             else:
                 refusal = problems.from_reply(reply.error)
-        except msgspec.DecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise PortcullisError(ErrorCode.STAGE_UNAVAILABLE, internal=f"a report cannot be read: {error}") from error
     if not reports:
         raise Refused(refusal or PortcullisError(ErrorCode.STAGE_UNAVAILABLE, internal="no proxy answered"), rate)

@@ -67,7 +67,7 @@ def fleet_of(answers: Iterable[bytes], connected: bool) -> Fleet:
     for answer in answers:
         try:
             ping = decode(answer)
-        except msgspec.DecodeError:
+        except (ValueError, RecursionError):
             continue
         service = ping.name.removeprefix(_NAME_PREFIX).replace("-", "_")
         if ping.name.startswith(_NAME_PREFIX) and service in SERVICES:

@@ -26,5 +26,5 @@ def decoded(answered: Answered, decoder: msgspec.json.Decoder[T]) -> T:
     """A reply's result. Raises STAGE_UNAVAILABLE when it is not what it should be."""
     try:
         return decoder.decode(answered.reply.result)
-    except msgspec.DecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise PortcullisError(ErrorCode.STAGE_UNAVAILABLE, internal=f"a stage's result cannot be read: {error}") from error

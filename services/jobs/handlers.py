@@ -64,6 +64,8 @@ def _read(message: AuthenticatedJobRequest, kind: type[T]) -> T:
         return msgspec.json.decode(message.payload, type=kind)
     except msgspec.DecodeError as error:
         raise PortcullisError(ErrorCode.BAD_REQUEST, f"The message could not be read: {error}.") from None
+    except (UnicodeDecodeError, RecursionError):  # which no stage before has seen: the payload stays encoded until here
+        raise PortcullisError(ErrorCode.BAD_REQUEST, "The message could not be read.") from None
 
 
 def _with_rate(principal: Principal, result: Message) -> Forward:

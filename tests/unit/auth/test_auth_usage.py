@@ -14,6 +14,7 @@ from libs.common.contracts import DayUsage, UsageRecorded, encode
 from services.auth.core import Position, StoreUnavailableError
 from services.auth.ports import PositionMovedError, StreamError
 from services.auth.usage import UsageCounter
+from tests.bad_inputs import NO_UTF8, UNREADABLE
 from tests.unit.auth.fakes import MemoryKeys, MemoryLedger, MemoryStream, new_key
 
 AT_MS = 1_800_000_000_000
@@ -112,14 +113,15 @@ async def test_two_counters_at_once_do_not_count_twice() -> None:
 
 async def test_what_cannot_be_counted_is_passed_over() -> None:
     bench = Bench()
-    for body in (b"", b"\xff", b"[]", b'{"key_id":1}', b'{"key_id":"A","at_ms":1,"requests":1,"malicious":1}'):
+    unreadable = (*UNREADABLE.values(), NO_UTF8, b'{"key_id":1}', b'{"key_id":"A","at_ms":1,"requests":1,"malicious":1}')
+    for body in unreadable:
         bench.stream.publish(body)
     bench.stream.publish(encode(UsageRecorded(key_id="A" * 11 + "\x00", at_ms=AT_MS, requests=1, malicious=0)))
     bench.publish(key_id="Z" * 12)
     bench.publish(3)
     await bench.count()
     assert bench.counted == (3, 0)
-    assert bench.ledger.stored == Position("then", 8)
+    assert bench.ledger.stored == Position("then", len(unreadable) + 3)
 
 
 async def test_a_stream_made_anew_is_counted_from_its_beginning() -> None:

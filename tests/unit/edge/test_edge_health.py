@@ -8,6 +8,7 @@ from libs.common import micro
 from libs.common.clock import ManualClock
 from services.edge import health
 from services.edge.health import FleetMonitor, fleet_of
+from tests.bad_inputs import NO_UTF8, UNREADABLE
 from tests.unit.edge.fakes import HEALTHY, FakeStages, healthy_fleet, ping
 
 
@@ -93,7 +94,7 @@ def test_without_nats_nothing_is_well() -> None:
 
 
 def test_strangers_and_garbage_are_left_out() -> None:
-    answers = [*healthy_fleet(), b"garbage", b"[]", ping("other"), b'{"name":"someone","id":"1"}']
+    answers = [*healthy_fleet(), *UNREADABLE.values(), NO_UTF8, ping("other"), b'{"name":"someone","id":"1"}']
     assert fleet_of(answers, connected=True).size == len(HEALTHY)
 
 

@@ -25,6 +25,7 @@ from libs.common.errors import ErrorCode, PortcullisError
 from libs.common.stages import Answer, Forward
 from libs.common.subjects import ACCOUNT_ANSWERED
 from services.jobs import handlers
+from tests.bad_inputs import NO_UTF8, UNREADABLE
 from tests.unit.jobs.test_jobs_desk import PRINCIPAL, Kit
 
 CONTEXT = RequestContext(1_800_000_010_000, new_request_id(), new_traceparent(), attempt_of="one")
@@ -64,7 +65,11 @@ async def test_every_operation_is_answered_by_what_it_promises() -> None:
     assert cancelled.state == "cancelled"
 
 
-@pytest.mark.parametrize("payload", [b"{}", b"[]", b'{"job_id":"../../etc"}', b'{"job_id":"' + b"*" * 28 + b'"}', b"null"])
+@pytest.mark.parametrize(
+    "payload",
+    [b"{}", b'{"job_id":"../../etc"}', b'{"job_id":"' + b"*" * 28 + b'"}', NO_UTF8, *UNREADABLE.values()],
+    ids=lambda _: "",
+)
 async def test_a_message_that_cannot_be_read_is_a_bad_request(payload: bytes) -> None:
     """Above all, no job id becomes a wildcard of a subject."""
     for handler in (handlers.get, handlers.cancel, handlers.results, handlers.append, handlers.seal):
