@@ -48,6 +48,7 @@ def main() -> int:
     up_parser = commands.add_parser("up", help="start everything, stay in the foreground")
     up_parser.add_argument("--detach", action="store_true", help="return when ready")
     up_parser.add_argument("--scale", action="append", default=[], metavar="SERVICE=N", help="how many of a service; repeatable")
+    up_parser.add_argument("--together", action="store_true", help="the stages of a request share the edge's processes")
     commands.add_parser("down", help="stop everything")
     commands.add_parser("status", help="what runs")
     logs_parser = commands.add_parser("logs", help="the last lines of all logs, or of one service's")
@@ -64,7 +65,8 @@ def main() -> int:
     try:
         match arguments.command:
             case "up":
-                return up(dict(os.environ), detach=arguments.detach, scale=stack.parse_scale(arguments.scale))
+                scale = stack.parse_scale(arguments.scale)
+                return up(dict(os.environ), detach=arguments.detach, scale=scale, together=arguments.together)
             case "down":
                 return down(locate_home(dict(os.environ)))
             case "status":
@@ -91,7 +93,7 @@ def main() -> int:
 # --- up ----------------------------------------------------------------------------------------------------------------------
 
 
-def up(environment: dict[str, str], *, detach: bool, scale: dict[str, int]) -> int:
+def up(environment: dict[str, str], *, detach: bool, scale: dict[str, int], together: bool) -> int:
     """Start everything; returns 0 when it was stopped in order (or, with `detach`, when it is ready).
 
     130, as a shell would say, when it was stopped before it was ready.
@@ -102,7 +104,7 @@ def up(environment: dict[str, str], *, detach: bool, scale: dict[str, int]) -> i
     _stop_on_signals()
     with contextlib.ExitStack() as cleanup:
         try:
-            process = _start(open_home(environment), environment, scale, cleanup, detach=detach)
+            process = _start(open_home(environment), environment, scale, cleanup, detach=detach, together=together)
             status = 0
             if detach:
                 cleanup.pop_all()
@@ -116,7 +118,13 @@ def up(environment: dict[str, str], *, detach: bool, scale: dict[str, int]) -> i
 
 
 def _start(
-    home: Home, environment: dict[str, str], scale: dict[str, int], cleanup: contextlib.ExitStack, *, detach: bool
+    home: Home,
+    environment: dict[str, str],
+    scale: dict[str, int],
+    cleanup: contextlib.ExitStack,
+    *,
+    detach: bool,
+    together: bool,
 ) -> subprocess.Popen[bytes]:
     """Start the stack, and greet when it has answered; returns its supervisor. What was started is stopped by `cleanup`."""
     began = time.monotonic()
@@ -127,7 +135,7 @@ def _start(
         control.end_leftovers(home)
         for path in home.starts.iterdir():
             path.unlink()
-        plan = stack.plan(home, environment, scale)
+        plan = stack.plan(home, environment, scale, together=together)
         stack.write(home, plan)
         external = stack.external_hosts(environment)
         print(f"Starting Portcullis {VERSION}" + (f" with your {', your '.join(external)}" if external else ""), flush=True)

@@ -9,7 +9,7 @@ import json
 import math
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -45,6 +45,8 @@ ONLY_FOR = {
     "PORTCULLIS_NATS_ISSUER_SEED": ("auth",),
     "PORTCULLIS_REDIS_URL": ("limiter",),
 }
+TOGETHER = ("edge", "auth", "limiter", "detector_proxy")
+"""The stages of a request in the order of its path, which share the edge's processes with `--together`."""
 SINGLE = ("console",)
 """Services of which there is one: each copy would know only a part."""
 ENGINE_PREFIX = "PORTCULLIS_ENGINE_"  # for the proxy: addresses and keys of somebody else's service
@@ -118,11 +120,18 @@ def _claim_port(environment: Mapping[str, str], home: Home, name: str) -> int:
     return port
 
 
-def plan(home: Home, environment: Mapping[str, str], scale: Mapping[str, int]) -> Plan:
+def plan(home: Home, environment: Mapping[str, str], scale: Mapping[str, int], *, together: bool = False) -> Plan:
     """Decide what to run. Prepares the servers' files (the first time, PostgreSQL's data directory).
+
+    `together`: the stages of a request run in the edge's processes.
 
     Raises StackError, ServerError, HomeError.
     """
+    for name in TOGETHER[1:] if together else ():
+        if name in scale:
+            raise StackError(
+                f"--scale {name}={scale[name]}: with --together there is one {name} in each edge; scale edge instead"
+            )
     edge_host = environment.get("PORTCULLIS_EDGE_HOST", "127.0.0.1")
     edge_port = _port(environment, "edge") or 8000
     if ":" in edge_host:
@@ -134,21 +143,13 @@ def plan(home: Home, environment: Mapping[str, str], scale: Mapping[str, int]) -
     wanted = {name: value for name, value in environment.items() if name.startswith("PORTCULLIS_") and value}
     running: list[servers.Server] = []
     nats_url: str | None = None
-    users: dict[str, dict[str, str]] = {}
+    passwords: dict[str, str] = {}
     if "PORTCULLIS_NATS_URL" not in wanted:
         passwords = {user: home.secret(f"nats-{user}") for user in (*SERVICES, OPERATOR)}
         issuer = wanted.setdefault("PORTCULLIS_NATS_ISSUER_SEED", home.secret("nats-issuer", servers.new_issuer))
         server = servers.nats(home.path, _claim_port(environment, home, "nats"), passwords, issuer)
         running.append(server)
-        nats_url = server.url
-        users = {
-            name: {
-                "PORTCULLIS_NATS_URL": server.url,
-                "PORTCULLIS_NATS_USER": name,
-                "PORTCULLIS_NATS_PASSWORD": passwords[name],
-            }
-            for name in SERVICES
-        }
+        nats_url = wanted["PORTCULLIS_NATS_URL"] = server.url
     if "PORTCULLIS_REDIS_URL" not in wanted:
         server = servers.redis(home.path, _claim_port(environment, home, "redis"), home.secret("redis"))
         running.append(server)
@@ -180,15 +181,20 @@ def plan(home: Home, environment: Mapping[str, str], scale: Mapping[str, int]) -
         for server in running
     ]
     for name in SERVICES:
+        if together and name in TOGETHER[1:]:
+            continue
+        members = TOGETHER if together and name == "edge" else (name,)
         replicas = scale.get(name, 1)
-        own = {variable: value for variable, value in wanted.items() if _is_for(variable, name)}
-        own |= users.get(name, {}) | console[name]
+        own = {variable: value for variable, value in wanted.items() if any(_is_for(variable, member) for member in members)}
+        own |= _logins(members, passwords)
+        for member in members:
+            own |= console[member]
         if name == "edge":
             own |= {"PORTCULLIS_EDGE_HOST": edge_host, "PORTCULLIS_EDGE_PORT": str(edge_port)}
         programs.append(
             Program(
                 name,
-                (sys.executable, "-m", f"services.{name}"),
+                (sys.executable, "-m", *(("services", *members) if len(members) > 1 else (f"services.{name}",))),
                 group="edge" if name == "edge" else "services",
                 replicas=replicas,
                 environment=own,
@@ -198,6 +204,15 @@ def plan(home: Home, environment: Mapping[str, str], scale: Mapping[str, int]) -
         )
         processes += replicas
     return Plan(tuple(programs), edge_host, edge_port, nats_url, wanted.get("PORTCULLIS_METRICS_HOST", "127.0.0.1"))
+
+
+def _logins(members: Sequence[str], passwords: Mapping[str, str]) -> dict[str, str]:
+    """As whom the services of a process connect to NATS; without passwords it is not ours, and the operator has said so."""
+    if not passwords:
+        return {}
+    if len(members) > 1:
+        return {"PORTCULLIS_NATS_PASSWORDS": json.dumps({member: passwords[member] for member in members})}
+    return {"PORTCULLIS_NATS_USER": members[0], "PORTCULLIS_NATS_PASSWORD": passwords[members[0]]}
 
 
 def _metrics_ports(home: Home, service: str, replicas: int, first: int | None) -> tuple[int, ...]:

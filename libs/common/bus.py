@@ -38,7 +38,7 @@ from nats.aio.subscription import Subscription
 from nats.micro.service import ServiceConfig
 
 from libs.common import VERSION, hops, micro, tasks, telemetry, tracing
-from libs.common.clock import Clock, SystemClock
+from libs.common.clock import Clock
 from libs.common.context import (
     TIMINGS_HEADER,
     RequestContext,
@@ -47,7 +47,7 @@ from libs.common.context import (
 from libs.common.contracts import ErrorBody, FieldError, InstanceLeft, Message, RateState, Reply, TraceKept, encode, raw
 from libs.common.errors import ErrorCode, PortcullisError
 from libs.common.guard import GuardedBroker, PlainTextError, guard
-from libs.common.retries import RetryBudget
+from libs.common.neighbours import Neighbours, Response
 from libs.common.settings import CommonSettings
 from libs.common.stages import (
     Accept,
@@ -99,18 +99,11 @@ class NoRespondersError(PortcullisError):
 Hook = Callable[[], Awaitable[None]]
 
 
-class Response(msgspec.Struct, frozen=True, gc=False):
-    """A decoded answer and the time that the stages spent on it (milliseconds by stage)."""
-
-    reply: Reply
-    timings: dict[str, float]
-
-
 @dataclass(slots=True)
 class _Pending:
     """A request without an answer yet. `again` sends it once more; None when that is not allowed (or has been done)."""
 
-    future: asyncio.Future[Msg]
+    future: asyncio.Future[Msg | Response]
     again: Callable[[], Awaitable[None]] | None
     span: tracing.Span
 
@@ -118,10 +111,14 @@ class _Pending:
 class Bus:
     """One connection. Register stages and event handlers, then `start()`; `drain()` before the end."""
 
-    def __init__(self, service: str, settings: CommonSettings, clock: Clock | None = None) -> None:
+    def __init__(
+        self, service: str, settings: CommonSettings, clock: Clock | None = None, neighbours: Neighbours | None = None
+    ) -> None:
+        """`neighbours`: the other buses of this process, if it has any; their clock is this one's, too."""
         self.service = service
         self.instance = secrets.token_hex(8)
-        self.clock: Clock = clock or SystemClock()
+        self._neighbours = neighbours or Neighbours(clock)
+        self.clock: Clock = self._neighbours.clock
         self.status = micro.FleetStatus()
         self.status.set(micro.INSTANCE, self.instance)
         self.closed = asyncio.Event()
@@ -131,9 +128,10 @@ class Bus:
         """Called by `drain()` when the last message has been worked on and the connection is still there."""
         self.told: list[micro.Endpoint] = []
         """What this process does besides its stages, for whoever asks `$SRV.STATS`; to be filled before `start()`."""
-        self.retry_budget = RetryBudget(self.clock)
+        self.retry_budget = self._neighbours.retry_budget
         """Of all that this process asks again. Who does so by himself takes from it, and says so to `request` (`again`)."""
         self._inbox = inbox(service, self.instance)
+        self._neighbours.add(self._inbox, self)
         self._stages: list[Stage[Any] | AskedStage] = []
         self._waiting: dict[str, Callable[[Msg], None]] = {}
         self._pending: dict[str, _Pending] = {}
@@ -146,8 +144,6 @@ class Bus:
         self._drain_seconds = settings.drain_seconds
         self._micro: micro.MicroService | None = None
         self._decode_reply = msgspec.json.Decoder(Reply).decode
-        telemetry.NATS_CONNECTED.set_function(lambda: self.connected)
-        telemetry.RETRIES_LEFT.set_function(lambda: self.retry_budget.left)
         security: BaseSecurity | None = None
         tls = ssl.create_default_context(cafile=settings.nats_tls_ca) if settings.nats_tls_ca else None
         if settings.nats_user is not None and settings.nats_password is not None:
@@ -268,6 +264,7 @@ class Bus:
 
     async def connect(self) -> None:
         """Connect; waits for a server that is not there yet."""
+        tracing.serve(self.service)  # and so do the tasks that read what comes
         connection = await self.broker.connect()
         guard(connection)
         await connection.subscribe(f"{self._inbox}.>", cb=self._on_inbox)
@@ -286,10 +283,17 @@ class Bus:
         self._micro = micro.MicroService(self.connection, config, [*(stage.meter for stage in self._stages), *self.told])
         await self._micro.start()
         await self._settle()
+        self._neighbours.open(self, self._shared_stages())
+
+    def _shared_stages(self) -> list[Stage[Any]]:
+        """Those of which one replica takes a message, and that services ask."""
+        stages = [stage for stage in self._stages if isinstance(stage, Stage) and not isinstance(stage, DoorStage)]
+        return [stage for stage in stages if stage.queue_group]
 
     async def drain(self) -> None:
         """Take no more messages, finish those in hand, then close the connection. Nothing delivered to us is lost."""
         self._draining = True
+        self._neighbours.close(self)
         if self.connected:
             # FastStream's own stop switches handlers off before it unsubscribes; what arrives in between would vanish.
             await asyncio.gather(*(self._drain_subscriber(subscriber) for subscriber in self.broker.subscribers))
@@ -343,9 +347,9 @@ class Bus:
         """
         if not again:
             self.retry_budget.count()
-        headers = context.headers()
-        with self._hops.sending(subject, headers) as span:
-            response = await self._request(subject, message, context, headers, span, idempotent=idempotent, token=token)
+        with self._hops.sending(subject, context.traceparent) as span:
+            sent = context.within(span.traceparent) if span else context
+            response = await self._request(subject, message, sent, span, idempotent=idempotent, token=token)
             if (error := response.reply.error) is not None:
                 span.set("portcullis.outcome", error.code)
             return response
@@ -355,41 +359,44 @@ class Bus:
         subject: str,
         message: Message,
         context: RequestContext,
-        headers: dict[str, str],
         span: tracing.Span,
         *,
         idempotent: bool,
         token: str | None,
     ) -> Response:
-        future: asyncio.Future[Msg] = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[Msg | Response] = asyncio.get_running_loop().create_future()
         token = token or self._token()
+        origin = f"{self._inbox}.{token}"
 
         def resolve(msg: Msg) -> None:
             if not future.done():
                 future.set_result(msg)
 
         async def send() -> None:
-            # Sent again, there is less of it.
-            now = headers | context.time_left(self.clock)
-            await self._publish(subject, payload, reply=f"{self._inbox}.{token}", headers=now)
+            stage = self._neighbour(subject)
+            if stage is not None:
+                await stage.take(message, context, origin)
+            else:
+                await self._publish(subject, encode(message), reply=origin, headers=context.outgoing(self.clock))
 
-        payload = encode(message)
         self._waiting[token] = resolve
         self._pending[token] = _Pending(future, send if idempotent else None, span)
         try:
             await send()
             async with asyncio.timeout(context.remaining_seconds(self.clock)):
-                msg = await future
+                answer = await future
         except TimeoutError:
             raise PortcullisError(ErrorCode.DEADLINE_EXCEEDED, internal=f"no answer on {subject}") from None
         finally:
             del self._waiting[token], self._pending[token]
-        answered = msg.headers or {}
+        if isinstance(answer, Response):
+            return answer
+        answered = answer.headers or {}
         if answered.get("Status") == "503":
             span.event(hops.NO_RESPONDERS)
             raise NoRespondersError(subject)
         try:
-            reply = self._decode_reply(msg.data)
+            reply = self._decode_reply(answer.data)
         except (ValueError, RecursionError) as error:  # what msgspec raises, for bytes that are not UTF-8 and endless nesting too
             raise PortcullisError(ErrorCode.STAGE_UNAVAILABLE, internal=f"bad reply on {subject}: {error}") from error
         return Response(reply, parse_timings(answered.get(TIMINGS_HEADER)))
@@ -414,8 +421,8 @@ class Bus:
                 complete.set()
 
         self._waiting[token] = collect
-        headers = context.outgoing(self.clock)
-        span = self._hops.sending(subject, headers) if message is not None else tracing.NO_SPAN
+        span = self._hops.sending(subject, context.traceparent) if message is not None else tracing.NO_SPAN
+        headers = (context.within(span.traceparent) if span else context).outgoing(self.clock)
         try:
             await self._publish(
                 subject, encode(message) if message is not None else b"", reply=f"{self._inbox}.{token}", headers=headers
@@ -461,11 +468,16 @@ class Bus:
     # --- answering -------------------------------------------------------------------------------------------------------
 
     async def forward(self, forward: Forward, origin: str | None, context: RequestContext) -> None:
-        reply = f"{self._inbox}.{origin}" if origin else ""
-        headers = context.outgoing(self.clock)
-        with self._hops.sending(forward.subject, headers) as span:
+        with self._hops.sending(forward.subject, context.traceparent) as span:
+            if span:
+                context = context.within(span.traceparent)
+            stage = self._neighbour(forward.subject)
+            if stage is not None:
+                await stage.take(forward.message, context, origin)
+                return
             self._hops.forwarded(origin, span)
-            await self._publish(forward.subject, encode(forward.message), reply=reply, headers=headers)
+            reply = f"{self._inbox}.{origin}" if origin else ""
+            await self._publish(forward.subject, encode(forward.message), reply=reply, headers=context.outgoing(self.clock))
 
     async def answer(self, origin: str | None, answer: Answer, context: RequestContext) -> None:
         result = answer.result if isinstance(answer.result, msgspec.Raw) else raw(answer.result)
@@ -513,7 +525,7 @@ class Bus:
         await self.connection.flush()
 
     async def _reply(self, origin: str | None, reply: Reply, context: RequestContext | None) -> None:
-        if origin:
+        if origin and not self._neighbours.answer(origin, Response(reply, context.timings if context else {})):
             await self._publish(origin, encode(reply), headers=context.headers() if context else None)
 
     async def _publish(self, subject: str, payload: bytes, reply: str = "", headers: dict[str, str] | None = None) -> None:
@@ -560,6 +572,17 @@ class Bus:
 
     def _forget(self, token: str) -> None:
         self._waiting.pop(token, None)
+
+    def _neighbour(self, subject: str) -> Stage[Any] | None:
+        """The stage of this process that takes what is sent to `subject`. Without a connection nothing is sent, to anybody."""
+        return self._neighbours.stage(subject) if self.connected else None
+
+    def resolve(self, token: str, response: Response) -> bool:
+        """See `Asker`."""
+        pending = self._pending.get(token)
+        if pending is not None and not pending.future.done():
+            pending.future.set_result(response)
+        return pending is not None or token not in self._waiting  # of which `gather` may have one; who has given up has none
 
     async def _on_inbox(self, msg: Msg) -> None:
         rest = msg.subject[len(self._inbox) + 1 :]

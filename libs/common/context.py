@@ -79,6 +79,11 @@ class RequestContext(msgspec.Struct, frozen=True, gc=False):
         """The same request, as the children of another span see it."""
         return RequestContext(self.deadline_ms, self.request_id, traceparent, self.timings, self.attempt_of, self.ends)
 
+    def as_attempt(self, origin: str | None) -> RequestContext:
+        """The same request, as the stage sees it whose answer goes to `origin`."""
+        attempt_of = origin or new_request_id()
+        return RequestContext(self.deadline_ms, self.request_id, self.traceparent, self.timings, attempt_of, self.ends)
+
     def attempt(self, seconds: float, clock: Clock) -> RequestContext:
         """A part of the same request, for which there is no more time than `seconds`.
 

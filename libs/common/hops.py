@@ -6,7 +6,7 @@ from collections import deque
 from typing import Final
 
 from libs.common import tracing
-from libs.common.context import TRACEPARENT_HEADER, RequestContext
+from libs.common.context import RequestContext
 from libs.common.errors import CATALOGUE, ErrorCode
 from libs.common.tracing import Span
 
@@ -26,16 +26,13 @@ class Hops:
         # Of a forward that finds nobody the server tells no more than the origin, within a millisecond or so.
         self._forwarded: deque[tuple[str, str]] = deque(maxlen=_REMEMBERED)
 
-    def sending(self, subject: str, headers: dict[str, str]) -> Span:
-        """The span of a message that is about to be sent; whoever gets it is told so in its headers."""
+    def sending(self, subject: str, traceparent: str) -> Span:
+        """The span of a message that is about to be sent below `traceparent`; whoever gets it is to be told the span's."""
         known = self._sends.get(subject)
         if known is None:
             known = self._sends[subject] = (f"send {subject}", tracing.messaging("send", subject))
         name, attributes = known
-        span = tracing.begin(name, tracing.PRODUCER, headers[TRACEPARENT_HEADER], attributes)
-        if span:
-            headers[TRACEPARENT_HEADER] = span.traceparent
-        return span
+        return tracing.begin(name, tracing.PRODUCER, traceparent, attributes)
 
     def forwarded(self, origin: str | None, span: Span) -> None:
         """`span` sends a message whose answer goes to `origin`."""

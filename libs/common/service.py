@@ -1,4 +1,4 @@
-"""How a service runs: settings, logs, the bus, the service's own parts, then messages until SIGTERM."""
+"""How services run, alone or several in a process: settings, logs, the bus, their own parts, then messages until SIGTERM."""
 
 from __future__ import annotations
 
@@ -8,17 +8,19 @@ import logging
 import signal
 import ssl
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
-from typing import TypeVar
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 import nats.errors
 import uvloop
 
-from libs.common import VERSION, tasks, telemetry, trace_export
+from libs.common import VERSION, tasks, telemetry, trace_export, tracing
 from libs.common import settings as settings_module
 from libs.common.bus import Bus
 from libs.common.guard import PlainTextError
+from libs.common.neighbours import Neighbours
 from libs.common.probes import ProcessHealth
 from libs.common.settings import CommonSettings
 
@@ -45,15 +47,52 @@ class ConfigurationError(Exception):
     """Something that only the operator can mend; its text is one line that says what to do."""
 
 
-def run(service: str, settings_type: type[S], parts: Parts[S] | None = None, *, front: Front[S] | None = None) -> None:
-    """Run a service until SIGTERM or SIGINT. Exit status 0 after a clean stop, 2 on wrong configuration."""
-    settings = settings_module.load(settings_type)
+@asynccontextmanager
+async def _nothing(_: Bus, __: CommonSettings) -> AsyncIterator[None]:
+    yield
+
+
+@dataclass(frozen=True, slots=True)
+class Service(Generic[S]):
+    """What there is to know of a service for running it. `name`: as the bus calls it."""
+
+    name: str
+    settings: type[S]
+    parts: Parts[S] = _nothing
+    front: Front[S] = _nothing
+
+
+@dataclass(frozen=True, slots=True)
+class _Member(Generic[S]):
+    """A service of this process."""
+
+    service: Service[S]
+    settings: S
+    bus: Bus
+
+
+def run(*services: Service[Any]) -> None:
+    """Run services until SIGTERM or SIGINT, in one process, which is called like the first of them. They are given in the order
+    in which they ask each other. Exit status 0 after a clean stop, 2 on wrong configuration.
+    """
+    chosen = [settings_module.load(service.settings) for service in services]
     try:
-        status = uvloop.run(_serve(service, settings, parts or _nothing, front or _nothing))
+        if len(services) > 1:
+            chosen = [_as_its_user(service.name, settings) for service, settings in zip(services, chosen, strict=True)]
+        status = uvloop.run(_serve(services, chosen))
     except ConfigurationError as error:
-        print(f"portcullis {service}: {error}", file=sys.stderr)  # noqa: T201
+        print(f"portcullis {services[0].name}: {error}", file=sys.stderr)  # noqa: T201
         status = 2
     raise SystemExit(status)
+
+
+def _as_its_user(service: str, settings: CommonSettings) -> CommonSettings:
+    """The settings of one of several services, each of which has its own user on NATS."""
+    if not settings.nats_passwords:
+        return settings
+    if service not in settings.nats_passwords:
+        raise ConfigurationError(f"PORTCULLIS_NATS_PASSWORDS holds no password of {service}; add it")
+    return settings.model_copy(update={"nats_user": service, "nats_password": settings.nats_passwords[service]})
 
 
 async def connect(bus: Bus, settings: CommonSettings) -> None:
@@ -84,60 +123,79 @@ async def connect(bus: Bus, settings: CommonSettings) -> None:
             return
 
 
-async def _serve(service: str, settings: S, parts: Parts[S], front: Front[S]) -> int:
+async def _serve(services: Sequence[Service[Any]], chosen: Sequence[CommonSettings]) -> int:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for name in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(name, stop.set)
-    bus = Bus(service, settings)
-    telemetry.setup_logging(service, bus.instance, settings)
+    neighbours = Neighbours()
+    members = [
+        _Member(service, settings, Bus(service.name, settings, neighbours=neighbours))
+        for service, settings in zip(services, chosen, strict=True)
+    ]
+    first = members[0]
+    telemetry.setup_logging(first.service.name, first.bus.instance, first.settings)
     telemetry.BUILD.labels(VERSION).set(1)
     try:
-        exporter = trace_export.start(service, bus.instance, settings)
+        exporter = trace_export.start(first.service.name, first.bus.instance, first.settings)
     except ValueError as error:
         raise ConfigurationError(str(error)) from None
     try:
-        return await _serve_on(bus, settings, parts, front, stop)
+        return await _serve_on(members, stop)
     finally:
         if exporter is not None:
             exporter.close()
 
 
-async def _serve_on(bus: Bus, settings: S, parts: Parts[S], front: Front[S], stop: asyncio.Event) -> int:
+async def _serve_on(members: Sequence[_Member[Any]], stop: asyncio.Event) -> int:
     health = ProcessHealth()
+    buses = [member.bus for member in members]
     async with AsyncExitStack() as outside:
-        for beside in (telemetry.serve_metrics(settings, health), telemetry.watch_loop(health)):
+        for beside in (telemetry.serve_metrics(members[0].settings, health), telemetry.watch_loop(health)):
             outside.push_async_callback(tasks.end, asyncio.create_task(beside))
-        connecting: asyncio.Task[None] = asyncio.create_task(connect(bus, settings))
+        connecting: asyncio.Task[None] = asyncio.create_task(_connect(members))
         outside.push_async_callback(_end_unless_done, connecting)
         await asyncio.wait({connecting}, timeout=CONNECT_GRACE_SECONDS)
-        await outside.enter_async_context(front(bus, settings))
+        for member in members:
+            tracing.serve(member.service.name)
+            await outside.enter_async_context(member.service.front(member.bus, member.settings))
         if not await _unless(stop, connecting):
             return 0
         async with AsyncExitStack() as inside:
-            if not await _entered(stop, inside, parts(bus, settings)):
-                return 0
-            await bus.start()
-            _keep_what_is_there()
-            log.info("ready")
-            health.takes_work = lambda: bus.connected and not stop.is_set()
-            lost = asyncio.ensure_future(bus.closed.wait())
-            stopped = asyncio.ensure_future(stop.wait())
-            await asyncio.wait({lost, stopped}, return_when=asyncio.FIRST_COMPLETED)
-            lost.cancel()
-            stopped.cancel()
+            started: list[Bus] = []
+            # Whoever is asked is there before whoever asks.
+            for member in reversed(members):
+                tracing.serve(member.service.name)
+                if not await _entered(stop, inside, member.service.parts(member.bus, member.settings)):
+                    break
+                await member.bus.start()
+                started.append(member.bus)
+            else:
+                _keep_what_is_there()
+                log.info("ready")
+                health.takes_work = lambda: all(bus.connected for bus in buses) and not stop.is_set()
+                await _first(stop, *(bus.closed for bus in buses))
             await outside.aclose()
-            if bus.closed.is_set():
+            if any(bus.closed.is_set() for bus in buses):
                 log.error("the NATS connection is closed for good")
                 return EXIT_CONNECTION_LOST
-            await bus.drain()
+            for bus in reversed(started):
+                await bus.drain()
     log.info("stopped")
     return 0
 
 
-@asynccontextmanager
-async def _nothing(_: Bus, __: CommonSettings) -> AsyncIterator[None]:
-    yield
+async def _connect(members: Sequence[_Member[Any]]) -> None:
+    for member in members:
+        await connect(member.bus, member.settings)
+
+
+async def _first(*events: asyncio.Event) -> None:
+    """Wait until one of them is set."""
+    waiting = [asyncio.ensure_future(event.wait()) for event in events]
+    await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+    for each in waiting:
+        each.cancel()
 
 
 async def _entered(stop: asyncio.Event, stack: AsyncExitStack, parts: AbstractAsyncContextManager[None]) -> bool:

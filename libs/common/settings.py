@@ -13,9 +13,11 @@ import sys
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
+import msgspec
 from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import (
     BaseSettings,
+    NoDecode,
     PydanticBaseSettingsSource,
     SecretsSettingsSource,
     SettingsConfigDict,
@@ -37,6 +39,9 @@ class CommonSettings(BaseSettings):
     """The user as which this service connects; each has its own, which may use the subjects of its service and no others."""
     nats_password: SecretStr | None = None
     """That user's; goes with `nats_user`."""
+    nats_passwords: Annotated[dict[str, SecretStr], NoDecode] = {}
+    """Of several services in one process, in place of the two: a JSON object with the password of each, whose user is called like
+    the service."""
     nats_tls_ca: str | None = None
     """Path of the CA certificate with which the server's is checked; set for tls:// URLs with a private CA."""
     stream_replicas: Annotated[int, Field(ge=1, le=5)] = 1
@@ -79,6 +84,16 @@ class CommonSettings(BaseSettings):
         if not all(servers):
             raise ValueError("a comma stands between two servers, and nowhere else")
         return ",".join(servers)
+
+    @field_validator("nats_passwords", mode="before")
+    @classmethod
+    def _names_passwords(cls, passwords: object) -> object:
+        if not isinstance(passwords, str):
+            return passwords
+        try:
+            return msgspec.json.decode(passwords, type=dict[str, str])
+        except (ValueError, RecursionError):
+            raise ValueError('expected a JSON object such as {"edge": "…", "auth": "…"}') from None
 
     @field_validator("stream_replicas")
     @classmethod

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import logging
 import re
 import time
 from collections.abc import Awaitable, Callable
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar, cast
 
 import msgspec
 from nats.aio.msg import Msg
@@ -90,6 +91,16 @@ def _meter(subject: str, queue_group: str, limit: int, tasks: set[asyncio.Task[N
     return meter.StageMeter(name, subject, queue_group, limit, in_flight=tasks.__len__, queued=waiting)
 
 
+class Handed(msgspec.Struct, frozen=True, gc=False):
+    """A message of a service of the same process, as it is; `context` as the stage that gets it sees it."""
+
+    body: Message
+    context: RequestContext
+
+
+Come = Msg | Handed
+
+
 class Stage(Generic[T]):
     """One subject that this process handles."""
 
@@ -104,6 +115,7 @@ class Stage(Generic[T]):
         waiting: Waiting,
     ) -> None:
         self.subject = subject
+        self.queue_group = queue_group
         self.tasks: set[asyncio.Task[None]] = set()
         self.meter = _meter(subject, queue_group, max_in_flight, self.tasks, waiting)
         self._bus = bus
@@ -115,22 +127,29 @@ class Stage(Generic[T]):
 
     async def accept(self, msg: Msg) -> None:
         """Start a task for a message, or refuse it at once when the stage is full."""
-        origin = self._origin(msg)
+        await self._accept(msg, self._origin(msg))
+
+    async def take(self, body: Message, context: RequestContext, origin: str | None) -> None:
+        """As `accept`, from a service of the same process. `body` is of this stage's kind."""
+        await self._accept(Handed(body, context.as_attempt(origin)), origin)
+
+    async def _accept(self, msg: Come, origin: str | None) -> None:
         if len(self.tasks) >= self._max_in_flight:
             self.meter.count(ErrorCode.OVERLOADED, None)
-            self._trace_refusal(msg, origin)
+            contextvars.copy_context().run(self._trace_refusal, msg, origin)
             await self._bus.reply_error(origin, PortcullisError(ErrorCode.OVERLOADED, internal=f"{self.subject} is full"))
             return
         task = asyncio.get_running_loop().create_task(self._run(msg, origin))
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
 
-    async def _run(self, msg: Msg, origin: str | None) -> None:
+    async def _run(self, msg: Come, origin: str | None) -> None:
         started = time.perf_counter_ns()
         context: RequestContext | None = None
         rate: RateState | None = None
         outcome_name: str = meter.OK
         span = tracing.NO_SPAN
+        tracing.serve(self._bus.service)
         try:
             context = self._context(msg, origin)
             telemetry.request_id_var.set(context.request_id)
@@ -141,14 +160,14 @@ class Stage(Generic[T]):
             if remaining <= 0:
                 outcome_name = meter.EXPIRED
                 return
-            body = self._read(msg.data)
+            body = self._body(msg)
             rate = getattr(body, "rate", None)
             # Work that outlives its deadline is cancelled: the caller has been told, and will not read it.
             async with asyncio.timeout(remaining):
                 outcome = await self._handle(msg, body, context)
             spent = msgspec.structs.replace(
                 context,
-                timings={**context.timings, self._bus.service: (time.perf_counter_ns() - started) / 1e6},
+                timings={**context.timings, self._bus.service: round((time.perf_counter_ns() - started) / 1e6, 3)},
             )
             if isinstance(outcome, Forward):
                 await self._bus.forward(outcome, origin, spent)
@@ -172,10 +191,11 @@ class Stage(Generic[T]):
             # After the span's end, which may be what a trace is kept for: the exemplar knows.
             self.meter.count(outcome_name, time.perf_counter_ns() - started)
 
-    def _begin(self, _: Msg, context: RequestContext) -> tracing.Span:
+    def _begin(self, _: Come, context: RequestContext) -> tracing.Span:
         return tracing.begin(self._span_name, tracing.CONSUMER, context.traceparent, self._span_attributes)
 
-    def _trace_refusal(self, msg: Msg, origin: str | None) -> None:
+    def _trace_refusal(self, msg: Come, origin: str | None) -> None:
+        tracing.serve(self._bus.service)
         if tracing.recorder() is not None:
             with contextlib.suppress(PortcullisError):
                 context = self._context(msg, origin)
@@ -184,11 +204,14 @@ class Stage(Generic[T]):
     def _origin(self, msg: Msg) -> str | None:
         return origin_of(msg.reply)
 
-    def _context(self, msg: Msg, origin: str | None) -> RequestContext:
-        return from_headers(msg.headers or {}, self._bus.clock, origin)
+    def _context(self, msg: Come, origin: str | None) -> RequestContext:
+        return msg.context if isinstance(msg, Handed) else from_headers(msg.headers or {}, self._bus.clock, origin)
 
-    async def _handle(self, _: Msg, body: T, context: RequestContext) -> Outcome:
+    async def _handle(self, _: Come, body: T, context: RequestContext) -> Outcome:
         return await self._handler(body, context)
+
+    def _body(self, msg: Come) -> T:
+        return cast("T", msg.body) if isinstance(msg, Handed) else self._read(msg.data)
 
     def _read(self, data: bytes) -> T:
         try:
@@ -223,7 +246,8 @@ class DoorStage(Stage[T]):
         own = f"{client_inbox(key_of(msg.subject))}."
         return msg.reply if msg.reply.startswith(own) and _ORIGIN.fullmatch(msg.reply) else None
 
-    def _context(self, msg: Msg, _: str | None) -> RequestContext:
+    def _context(self, come: Come, _: str | None) -> RequestContext:
+        msg = _at_the_door(come)
         if len(msg.data) > MAX_DOOR_BYTES:
             raise PortcullisError(ErrorCode.PAYLOAD_TOO_LARGE, f"A message holds at most {MAX_DOOR_BYTES} bytes.")
         if msg.reply and self._origin(msg) is None:
@@ -234,16 +258,21 @@ class DoorStage(Stage[T]):
         # Without the origin: what is asked twice from one inbox is two requests.
         return from_headers({**kept, DEADLINE_HEADER: str(deadline_ms)}, self._bus.clock)
 
-    def _begin(self, msg: Msg, context: RequestContext) -> tracing.Span:
+    def _begin(self, come: Come, context: RequestContext) -> tracing.Span:
         # Nobody of ours is before it: the trace, or our part of the client's, begins here.
-        parent = context.traceparent if TRACEPARENT_HEADER in (msg.headers or {}) else ""
+        parent = context.traceparent if TRACEPARENT_HEADER in (_at_the_door(come).headers or {}) else ""
         return tracing.root(self._span_name, tracing.CONSUMER, parent, self._span_attributes)
 
-    async def _handle(self, msg: Msg, body: T, context: RequestContext) -> Outcome:
-        return await self._door_handler(key_of(msg.subject), body, context)
+    async def _handle(self, come: Come, body: T, context: RequestContext) -> Outcome:
+        return await self._door_handler(key_of(_at_the_door(come).subject), body, context)
 
     async def _nobody(self, _: T, __: RequestContext) -> Outcome:
         return None
+
+
+def _at_the_door(come: Come) -> Msg:
+    assert isinstance(come, Msg)  # no service of ours asks there
+    return come
 
 
 class AskedStage:

@@ -88,7 +88,7 @@ class _JsonFormatter(logging.Formatter):
         entry: dict[str, Any] = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z",
             "level": record.levelname,
-            "service": self._service,
+            "service": tracing.service() or self._service,
             "instance": self._instance,
             "logger": record.name,
             "message": record.getMessage(),

@@ -115,6 +115,6 @@ def start(service: str, instance: str, settings: CommonSettings) -> Exporter | N
         # The SDK is loaded here: it takes 0.3 s and some memory, and nobody waits for it here.
         from libs.common.trace_wire import Wire
 
-        return Wire(f"portcullis-{service}".replace("_", "-"), instance, VERSION)
+        return Wire(service, instance, VERSION)
 
     return Exporter(recorder, open_sink, every_ms / 1000)

@@ -31,7 +31,7 @@ _LOOPBACK: Final = frozenset({"127.0.0.1", "localhost", "::1"})
 
 
 class Wire:
-    """One process's connection to the collector, used by one thread. `service`: its name as the collector shows it.
+    """One process's connection to the collector, used by one thread. `service`: whose spans those are that name none.
 
     What the `OTEL_*` variables say of address, headers, certificates, compression and timeout holds.
     """
@@ -39,14 +39,8 @@ class Wire:
     def __init__(self, service: str, instance: str, version: str) -> None:
         # It tells of every batch that fails; who uses this tells of the first.
         logging.getLogger("opentelemetry.exporter").setLevel(logging.CRITICAL)
-        self._resource = Resource.create(
-            {
-                "service.name": service,
-                "service.namespace": "portcullis",
-                "service.instance.id": instance,
-                "service.version": version,
-            }
-        )
+        self._service, self._instance, self._version = service, instance, version
+        self._resources: dict[str, Resource] = {}
         self._scope = InstrumentationScope("portcullis", version)
         self._session = requests.Session()
         # No proxy from the environment stands between us and our own loopback.
@@ -62,7 +56,7 @@ class Wire:
         self._session.close()
 
     def readable(self, span: Recorded) -> ReadableSpan:
-        trace_id, span_id, parent_id, name, kind, began, ended, shared, own, events, links, error = span
+        trace_id, span_id, parent_id, name, kind, began, ended, shared, own, events, links, error, service = span
         attributes = {**dict(shared), **dict(own)}
         if error:
             attributes["error.type"] = error
@@ -71,7 +65,7 @@ class Wire:
             name=name,
             context=SpanContext(trace, int(span_id, 16), False, _SAMPLED),
             parent=SpanContext(trace, int(parent_id, 16), True, _SAMPLED) if parent_id else None,
-            resource=self._resource,
+            resource=self._resource(service or self._service),
             attributes=attributes,
             events=[Event(each, timestamp=at) for each, at in events],
             links=[_link(each) for each in links],
@@ -81,6 +75,19 @@ class Wire:
             end_time=ended,
             instrumentation_scope=self._scope,
         )
+
+    def _resource(self, service: str) -> Resource:
+        """A service as the collector shows it."""
+        known = self._resources.get(service)
+        if known is None:
+            attributes = {
+                "service.name": f"portcullis-{service}".replace("_", "-"),
+                "service.namespace": "portcullis",
+                "service.instance.id": self._instance,
+                "service.version": self._version,
+            }
+            known = self._resources[service] = Resource.create(attributes)
+        return known
 
 
 def _link(traceparent: str) -> Link:

@@ -40,9 +40,9 @@ Value = str | int | float | bool
 Attributes = tuple[tuple[str, Value], ...]
 Event = tuple[str, int]
 """Name, and when (epoch nanoseconds)."""
-Recorded = tuple[str, str, str, str, int, int, int, Attributes, Attributes, tuple[Event, ...], tuple[str, ...], str]
+Recorded = tuple[str, str, str, str, int, int, int, Attributes, Attributes, tuple[Event, ...], tuple[str, ...], str, str]
 """A span that has ended: trace, span and parent id (hex; "" without a parent), name, kind, begin and end (epoch ns), attributes
-that all spans of this name share, its own, events, links (each a traceparent), and what went wrong ("": nothing).
+that all spans of this name share, its own, events, links (each a traceparent), what went wrong ("": nothing), and the service.
 
 Nothing but tuples of strings and numbers, which the garbage collector stops to look at: there are tens of thousands."""
 
@@ -72,6 +72,7 @@ _ODD: Final = frozenset("13579bdf")
 
 _here: ContextVar[str] = ContextVar("traceparent", default="")
 _hop: ContextVar[Span | None] = ContextVar("hop", default=None)
+_service: ContextVar[str] = ContextVar("service", default="")
 
 
 class Head(Protocol):
@@ -154,7 +155,7 @@ class Span:
     """
 
     __slots__ = (
-        "_events", "_kind", "_own", "_parent_id", "_recorder", "_shared", "_started",
+        "_events", "_kind", "_own", "_parent_id", "_recorder", "_service", "_shared", "_started",
         "error", "links", "name", "refused", "traceparent",
     )  # fmt: skip
 
@@ -170,6 +171,7 @@ class Span:
         self._shared = shared
         self._own: list[tuple[str, Value]] = []
         self._events: tuple[Event, ...] = ()
+        self._service = _service.get()
         self._started = recorder.time_ns()
 
     def __bool__(self) -> bool:
@@ -198,7 +200,7 @@ class Span:
         here = self.traceparent
         return (
             here[3:35], here[36:52], self._parent_id, self.name, self._kind, self._started, ended,
-            self._shared, tuple(self._own), self._events, self.links, self.error,
+            self._shared, tuple(self._own), self._events, self.links, self.error, self._service,
         )  # fmt: skip
 
     def __enter__(self) -> Span:
@@ -407,6 +409,16 @@ def enter(traceparent: str, hop: Span | None = None) -> None:
     _hop.set(hop)
 
 
+def serve(service: str) -> None:
+    """This task, and what it starts from now on, works for this service of the process."""
+    _service.set(service)
+
+
+def service() -> str:
+    """The service that this task works for; "" where nobody has said so."""
+    return _service.get()
+
+
 def here() -> str:
     """The traceparent below which this task works, "" if it works for nobody."""
     return _here.get()
@@ -467,10 +479,9 @@ def record(
         return
     ended = _recorder.time_ns() - int(ago * 1e9)
     began = ended - int(seconds * 1e9)
-    _recorder.add(
-        (traceparent[3:35], new_span_id(), traceparent[36:52], name, INTERNAL, began, ended, shared, own, (), (), error),
-        traceparent[54] in _ODD,
-    )
+    ids = traceparent[3:35], new_span_id(), traceparent[36:52]
+    span = (*ids, name, INTERNAL, began, ended, shared, own, (), (), error, _service.get())
+    _recorder.add(span, traceparent[54] in _ODD)
 
 
 def is_slow(seconds: float) -> bool:

@@ -9,7 +9,7 @@ import sys
 
 from libs.common import service
 from libs.common.settings import load
-from services.auth.app import migrate_only, parts
+from services.auth.app import SERVICE, migrate_only
 from services.auth.settings import AuthSettings
 
 if sys.argv[1:] == ["migrate"]:
@@ -22,4 +22,4 @@ elif sys.argv[1:]:
 
     raise SystemExit(main(sys.argv[1:]))
 else:
-    service.run("auth", AuthSettings, parts)
+    service.run(SERVICE)

@@ -27,7 +27,7 @@ from libs.common.contracts import (
     RegisterRequest,
     TakeRequest,
 )
-from libs.common.service import ConfigurationError
+from libs.common.service import ConfigurationError, Service
 from services.auth import handlers, metrics
 from services.auth.adapters import BusAnnouncer, PostgresCheck, PostgresKeys, PostgresLedgers, engine_url, make_engine, watch_pool
 from services.auth.cache import Authenticator, KeyCache
@@ -189,3 +189,6 @@ def _register_calls(bus: Bus, use: Keys, finisher: Finisher) -> None:
     stage(subjects.ADMIN_KEYS_UPDATE, AdminUpdateKey, finished(handlers.update_key, use, finisher))
     stage(subjects.ADMIN_KEYS_DELETE, AdminKey, finished(handlers.delete_key, use, finisher))
     stage(subjects.BREAKERS_RESET_REQUEST, BreakersResetRequest, finished(handlers.reset_breakers, use, finisher))
+
+
+SERVICE = Service("auth", AuthSettings, parts)

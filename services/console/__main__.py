@@ -1,8 +1,7 @@
 """`python -m services.console`."""
 
 from libs.common.service import run
-from services.console.app import front
-from services.console.settings import ConsoleSettings
+from services.console.app import SERVICE
 
 if __name__ == "__main__":
-    run("console", ConsoleSettings, front=front)
+    run(SERVICE)

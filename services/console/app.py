@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from libs.common import tasks
 from libs.common.bus import Bus
 from libs.common.contracts import BreakerChanged, InstanceLeft
+from libs.common.service import Service
 from libs.common.subjects import EVENT_BREAKER_CHANGED, EVENT_LEFT
 from services.console.core import TraceStore
 from services.console.fleet import Fleet
@@ -37,3 +38,6 @@ async def front(bus: Bus, settings: ConsoleSettings) -> AsyncIterator[None]:
         finally:
             await tasks.end(watching)
             hub.close()
+
+
+SERVICE = Service("console", ConsoleSettings, front=front)

@@ -1,6 +1,7 @@
+"""`python -m services.detector_proxy`."""
+
 from libs.common.service import run
-from services.detector_proxy.app import parts
-from services.detector_proxy.settings import DetectorProxySettings
+from services.detector_proxy.app import SERVICE
 
 if __name__ == "__main__":
-    run("detector_proxy", DetectorProxySettings, parts)
+    run(SERVICE)

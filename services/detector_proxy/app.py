@@ -10,6 +10,7 @@ from libs.common import tasks
 from libs.common.bus import Bus
 from libs.common.context import RequestContext
 from libs.common.contracts import AdmittedDetect, BreakersListRequest, BreakersReset, DetectItems
+from libs.common.service import Service
 from libs.common.stages import Answer
 from libs.common.subjects import BATCH_ITEMS, BREAKERS_LIST, BREAKERS_RESET, DETECT_ADMITTED
 from services.detector_proxy import handlers
@@ -115,3 +116,6 @@ def _bulk(bus: Bus, guarded: GuardedEngine, settings: DetectorProxySettings) -> 
         one_of_many=True,
     )
     return OneByOne(alone, bus.clock, places)
+
+
+SERVICE = Service("detector_proxy", DetectorProxySettings, parts)

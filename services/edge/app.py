@@ -18,6 +18,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from libs.common import VERSION
 from libs.common.bus import Bus
 from libs.common.errors import PortcullisError
+from libs.common.service import Service
 from services.edge import openapi, pages, problems
 from services.edge.admission import Admission
 from services.edge.batch import Batches
@@ -160,3 +161,6 @@ async def _wrong_method(request: Request, _: Any) -> Response:
 
 async def _gone(_: Request, __: Exception) -> Response:
     return Response(status_code=CLIENT_CLOSED)
+
+
+SERVICE = Service("edge", EdgeSettings, front=front)

@@ -1,6 +1,7 @@
 """`python -m services.fallback_model`: one worker."""
 
-from services.fallback_model.app import main
+from libs.common.service import run
+from services.fallback_model.app import SERVICE
 
 if __name__ == "__main__":
-    main()
+    run(SERVICE)

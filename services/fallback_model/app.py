@@ -13,7 +13,7 @@ from libs.common.bus import Bus
 from libs.common.clock import SystemClock
 from libs.common.contracts import ModelItems, ModelRequest
 from libs.common.micro import BULK_ONLY, LANES, MODEL_NAME, POOL
-from libs.common.service import ConfigurationError, run
+from libs.common.service import ConfigurationError, Service
 from libs.common.subjects import model_pool, model_pool_batch
 from services.fallback_model import handlers, metrics, processors
 from services.fallback_model.batcher import Batcher, Limits
@@ -133,5 +133,4 @@ def _show(bus: Bus, slot: Slot, settings: FallbackModelSettings) -> None:
     metrics.SESSIONS.set(len(model.sessions))
 
 
-def main() -> None:
-    run("fallback_model", FallbackModelSettings, parts)
+SERVICE = Service("fallback_model", FallbackModelSettings, parts)

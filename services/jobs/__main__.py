@@ -5,11 +5,10 @@ from __future__ import annotations
 import sys
 
 from libs.common import service
-from services.jobs.app import parts
-from services.jobs.settings import Settings
+from services.jobs.app import SERVICE
 
 if len(sys.argv) > 1:
     from services.jobs.command import main
 
     raise SystemExit(main(sys.argv[1:]))
-service.run("jobs", Settings, parts)
+service.run(SERVICE)

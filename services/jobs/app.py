@@ -13,6 +13,7 @@ from libs.common import subjects, tasks
 from libs.common.bus import Bus
 from libs.common.contracts import AuthenticatedJobRequest
 from libs.common.errors import PortcullisError
+from libs.common.service import Service
 from services.jobs import handlers, webhooks
 from services.jobs.adapters import BusBackend, JetStream, JetStreamQueues, JetStreamRecords, JetStreamResults
 from services.jobs.desk import Bounds, Desk
@@ -94,3 +95,6 @@ async def _ensure(stream: JetStream) -> None:
             await asyncio.sleep(START_RETRY_SECONDS)
         else:
             return
+
+
+SERVICE = Service("jobs", Settings, parts)

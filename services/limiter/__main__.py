@@ -1,7 +1,7 @@
 """`python -m services.limiter`."""
 
 from libs.common.service import run
-from services.limiter.app import parts
-from services.limiter.settings import Settings
+from services.limiter.app import SERVICE
 
-run("limiter", Settings, parts)
+if __name__ == "__main__":
+    run(SERVICE)

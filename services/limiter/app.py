@@ -11,6 +11,7 @@ from functools import partial
 from libs.common import micro, subjects, tasks
 from libs.common.bus import Bus
 from libs.common.contracts import AnsweredAccount, AuthenticatedAdmission, AuthenticatedDetect, RegisterRequest
+from libs.common.service import Service
 from services.limiter import handlers
 from services.limiter.adapters import OneServer
 from services.limiter.address import Nodes, located
@@ -64,3 +65,6 @@ def _limiter(name: str, policy: Policy, place: OneServer | Cluster, bus: Bus, se
     store, health = place.limits(policy, f"rl:v1:{name}:")
     WAITING.labels(name).set_function(lambda: store.waiting)
     return Limiter(policy, store, health, bus.clock, settings.limiter_local_keys, name=name)
+
+
+SERVICE = Service("limiter", Settings, parts)

@@ -58,12 +58,15 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--seconds", type=float, default=3.0, help="of each stretch of load (default: 3)")
     parser.add_argument("--repeats", type=int, default=3, help="of each (default: 3)")
     parser.add_argument("--levels", type=int, nargs="+", default=[], help="callers at a time, for overhead and model")
+    parser.add_argument("--together", action="store_true", help="the stages share the edge's process, as of ./run up --together")
     parser.add_argument("--out", type=Path, help="where JSON, PNG and HTML go (default: .portcullis/bench)")
     chosen = parser.parse_args(arguments)
     parts = [name for part in chosen.parts or PARTS for name in (SCALE if part == "scale" else (part,))]
     if unknown := [part for part in parts if part not in PARTS]:
         parser.error(f"there is no part {unknown[0]!r}; there are {', '.join((*PARTS, 'scale', *APART))}")
-    options = Options(chosen.seconds, chosen.repeats, tuple(chosen.levels))
+    if chosen.together and "replicas" in parts:
+        parser.error("replicas are measured of stages in processes of their own: leave --together out, or name other parts")
+    options = Options(chosen.seconds, chosen.repeats, tuple(chosen.levels), chosen.together)
     generator.raise_file_limit()
     console = Console(highlight=False, width=max(NARROWEST, Console().width))
     failed = False
@@ -74,6 +77,9 @@ def main(arguments: list[str]) -> int:
             print(f"bench {part}: {error}", file=sys.stderr)
             failed = True
             continue
+        if chosen.together:
+            report.part += "-together"
+            report.title += "; the stages in one process"
         report.show(console)
         written = report.save(chosen.out or default_folder())
         console.print(f"written: {', '.join(os.path.relpath(path) for path in written)}", soft_wrap=True)

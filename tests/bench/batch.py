@@ -199,7 +199,7 @@ async def memory(gateway: Gateway, report: Report, home: Home) -> None:
     for count in (TEXTS, LINES):
         async with watch.watched():
             await gateway.upload(short(count))
-        for name in WATCHED[:2]:
+        for name in (name for name in WATCHED[:2] if watch.highest[name]):
             report.add(name, f"{count} lines", {MEMORY: [watch.highest[name]]})
 
 
@@ -254,7 +254,7 @@ async def _job_running(gateway: Gateway) -> AsyncIterator[None]:
 
 
 def run(options: Options) -> Report:
-    with portcullis({}) as stack:
+    with portcullis({}, together=options.together) as stack:
         return uvloop.run(_measure(options, stack))
 
 

@@ -53,7 +53,7 @@ async def look(stack: Stack) -> Seen:
 
 
 async def _connections(stack: Stack) -> list[dict[str, Any]]:
-    url = stack.setting("edge", "PORTCULLIS_NATS_URL")
+    url = stack.setting("PORTCULLIS_NATS_URL")
     password = (stack.home.path / "secrets" / f"nats-{OPERATOR}").read_text().strip()
     connection = await nats.connect(url, user=OPERATOR, password=password)
     try:
@@ -65,7 +65,7 @@ async def _connections(stack: Stack) -> list[dict[str, Any]]:
 
 
 def _commands(stack: Stack) -> Counter[str]:
-    client = redis.Redis.from_url(stack.setting("limiter", "PORTCULLIS_REDIS_URL"))
+    client = redis.Redis.from_url(stack.setting("PORTCULLIS_REDIS_URL"))
     stats: Any = client.info("commandstats")
     client.close()
     return Counter({name.removeprefix("cmdstat_"): int(one["calls"]) for name, one in stats.items()})

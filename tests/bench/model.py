@@ -39,7 +39,7 @@ REQUIREMENTS = Path(__file__).with_name("litserve.txt")
 
 
 def run(options: Options) -> Report:
-    with portcullis({}) as stack, litserve() as other:
+    with portcullis({}, together=options.together) as stack, litserve() as other:
         return uvloop.run(_measure(options, stack, other))
 
 

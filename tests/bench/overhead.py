@@ -37,7 +37,7 @@ def engine_environment(url: str) -> dict[str, str]:
 def run(options: Options) -> Report:
     with (
         engine() as stub,
-        portcullis(engine_environment(stub.url)) as stack,
+        portcullis(engine_environment(stub.url), together=options.together) as stack,
         monolith(stack, stub.url, 1) as one,
         monolith(stack, stub.url, 2) as two,
     ):

@@ -94,7 +94,7 @@ def prose(characters: int, seed: int) -> str:
 
 
 def length(options: Options) -> Report:
-    with portcullis({}) as stack:
+    with portcullis({}, together=options.together) as stack:
         return uvloop.run(_length(options, stack))
 
 
@@ -126,7 +126,11 @@ async def _length(options: Options, stack: Stack) -> Report:
 
 
 def keyring(options: Options) -> Report:
-    with engine() as stub, portcullis(engine_environment(stub.url)) as few, portcullis(engine_environment(stub.url)) as many:
+    with (
+        engine() as stub,
+        portcullis(engine_environment(stub.url), together=options.together) as few,
+        portcullis(engine_environment(stub.url), together=options.together) as many,
+    ):
         return uvloop.run(_keys(options, few, many))
 
 
@@ -155,7 +159,7 @@ async def _keys(options: Options, few: Stack, many: Stack) -> Report:
 
 async def _store_keys(stack: Stack, count: int, known: int) -> list[str]:
     """Put so many keys into PostgreSQL, and the limiter's state of each into Redis; returns `known` of them, to be used."""
-    pepper = stack.setting("auth", "PORTCULLIS_KEY_PEPPER").encode()
+    pepper = stack.setting("PORTCULLIS_KEY_PEPPER").encode()
     issued: list[str] = []
     now = datetime.now(UTC)
     limits = (LIMITS["rate_limit_per_minute"], LIMITS["rate_limit_per_day"])
@@ -169,8 +173,8 @@ async def _store_keys(stack: Stack, count: int, known: int) -> list[str]:
         return key_id, "Bench", ["detect", "batch"], *limits, now, verifier
 
     columns = ["key_id", "name", "scopes", "limit_minute", "limit_day", "created_at", "verifier"]
-    database = await asyncpg.connect(stack.setting("auth", "PORTCULLIS_DATABASE_URL"))
-    redis = Redis.from_url(stack.setting("limiter", "PORTCULLIS_REDIS_URL"))
+    database = await asyncpg.connect(stack.setting("PORTCULLIS_DATABASE_URL"))
+    redis = Redis.from_url(stack.setting("PORTCULLIS_REDIS_URL"))
     try:
         state = await _a_state(stack, redis)
         for begin in range(0, count, COPY_ROWS):
@@ -211,7 +215,7 @@ def _key_id(number: int) -> str:
 
 
 def sizes(options: Options) -> Report:
-    with portcullis({}) as stack:
+    with portcullis({}, together=options.together) as stack:
         return uvloop.run(_sizes(options, stack))
 
 
@@ -242,7 +246,7 @@ def connections(options: Options) -> Report:
     counts = [count for count in CONNECTIONS if count + 500 <= most]
     if len(counts) < 2:
         raise BenchError(f"only {most} files may be open here (ulimit -n)")
-    with engine() as stub, portcullis(engine_environment(stub.url)) as stack:
+    with engine() as stub, portcullis(engine_environment(stub.url), together=options.together) as stack:
         report = uvloop.run(_connections(options, stack, counts))
     if len(counts) < len(CONNECTIONS):
         report.notes.append(f"no more than {counts[-1]} connections: only {most} files may be open here (ulimit -n)")

@@ -74,9 +74,10 @@ class Stack:
             spent[name] = spent.get(name, 0.0) + seconds_of(state.pid)
         return spent
 
-    def setting(self, service: str, variable: str) -> str:
-        """What a service was started with."""
-        return str(json.loads((self.home.environments / f"{service}.json").read_text())[variable])
+    def setting(self, variable: str) -> str:
+        """What the service that knows it was started with."""
+        environments = (json.loads(path.read_text()) for path in self.home.environments.iterdir())
+        return next(str(environment[variable]) for environment in environments if variable in environment)
 
 
 def seconds_of(pid: int) -> float:
@@ -91,11 +92,16 @@ def seconds_of(pid: int) -> float:
 
 @contextmanager
 def portcullis(
-    environment: Mapping[str, str], scale: Mapping[str, int] | None = None, *, root: Path = ROOT, python: str = sys.executable
+    environment: Mapping[str, str],
+    scale: Mapping[str, int] | None = None,
+    *,
+    together: bool = False,
+    root: Path = ROOT,
+    python: str = sys.executable,
 ) -> Iterator[Stack]:
     """A stack in a home of its own, with nothing of the caller's settings. Raises `BenchError`.
 
-    `root`, `python`: of another checkout.
+    `together`: its stages share the edge's process. `root`, `python`: of another checkout.
     """
     with tempfile.TemporaryDirectory(prefix="pc-bench-") as folder:
         port = free_port()
@@ -110,7 +116,8 @@ def portcullis(
                 raise BenchError(f"{arguments[0]}: {(done.stdout + done.stderr).decode()[-500:]}")
 
         try:
-            run("up", "--detach", *(f"--scale={name}={count}" for name, count in (scale or {}).items()))
+            layout = ["--together"] if together else []
+            run("up", "--detach", *layout, *(f"--scale={name}={count}" for name, count in (scale or {}).items()))
             yield Stack(Home(Path(folder)), port)
         finally:
             run("down")
@@ -181,9 +188,9 @@ def monolith(stack: Stack, engine_url: str, workers: int) -> Iterator[Served]:
     """The same checks in one FastAPI application (`tests.bench.monolith`), on the stack's own PostgreSQL and Redis."""
     port = free_port()
     environment = {
-        "BENCH_DATABASE_URL": stack.setting("auth", "PORTCULLIS_DATABASE_URL"),
-        "BENCH_KEY_PEPPER": stack.setting("auth", "PORTCULLIS_KEY_PEPPER"),
-        "BENCH_REDIS_URL": stack.setting("limiter", "PORTCULLIS_REDIS_URL"),
+        "BENCH_DATABASE_URL": stack.setting("PORTCULLIS_DATABASE_URL"),
+        "BENCH_KEY_PEPPER": stack.setting("PORTCULLIS_KEY_PEPPER"),
+        "BENCH_REDIS_URL": stack.setting("PORTCULLIS_REDIS_URL"),
         "BENCH_ENGINE_URL": engine_url,
     }
     command = [sys.executable, "-m", "tests.bench.monolith", str(port), str(workers)]

@@ -16,11 +16,13 @@ WARM_UP_SECONDS = 0.5
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """`seconds` of each stretch, `repeats` of each; `levels`: callers at a time, empty for those of the part."""
+    """`seconds` of each stretch, `repeats` of each; `levels`: callers at a time, empty for those of the part; `together`: the
+    stages share the edge's process."""
 
     seconds: float = 3.0
     repeats: int = 3
     levels: tuple[int, ...] = ()
+    together: bool = False
 
 
 def closed(callers: int, seconds: float, connections: int = 0) -> Work:

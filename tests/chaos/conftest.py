@@ -54,6 +54,22 @@ def stack() -> Iterator[Stack]:
 
 
 @pytest.fixture(scope="session")
+def together() -> Iterator[Stack]:
+    """Two edges, in each of which are the other stages of a request, and one of all else."""
+    with running_stack(environment=ROOMY, scale={"edge": 2}, together=True) as stack:
+        for name in ("edge", "auth", "limiter", "detector_proxy"):
+            assert len(stack.pids(name)) == 2
+        assert not set(stack.pids("edge")) & set(stack.pids("fallback_model"))
+        yield stack
+
+
+@pytest.fixture(params=["stack", "together"])
+def either(request: pytest.FixtureRequest) -> Stack:
+    chosen: Stack = request.getfixturevalue(request.param)
+    return chosen
+
+
+@pytest.fixture(scope="session")
 def pairs() -> Iterator[Stack]:
     """Two of each service."""
     services = ("edge", "auth", "limiter", "detector_proxy", "fallback_model")

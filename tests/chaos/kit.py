@@ -39,7 +39,7 @@ LATE_SECONDS = 0.1
 NOISE_SECONDS = 0.4
 """What we grant on top of it, since the times are taken by a caller that shares two processors with everything it asks."""
 
-# A process is known by a part of its command line.
+# A process is known by a part of its command line, or by the names of the services that share it.
 _COMMANDS = {
     "nats": "nats-server",
     "redis": "redis-server",
@@ -56,6 +56,7 @@ class Stack:
     home: Path
     scale: Mapping[str, int] = field(default_factory=dict)
     environment: Mapping[str, str] = field(default_factory=dict)
+    together: bool = False
     port: int = field(default_factory=free_port)
     key: str = ""
     host: str = "127.0.0.1"
@@ -84,7 +85,7 @@ class Stack:
 
     def up(self) -> None:
         scale = [part for name, copies in self.scale.items() for part in ("--scale", f"{name}={copies}")]
-        self.run("up", "--detach", *scale)
+        self.run("up", "--detach", *scale, *(["--together"] if self.together else []))
 
     def down(self) -> None:
         self.run("down")
@@ -103,7 +104,9 @@ class Stack:
         matching = {}
         for process in self.processes():
             with contextlib.suppress(psutil.Error):
-                if any(_COMMANDS[name] in part for part in process.cmdline()):
+                command = process.cmdline()
+                shared = command[command.index("services") + 1 :] if "services" in command else []
+                if name in shared or any(_COMMANDS[name] in part for part in command):
                     matching[process.pid] = process
         pids = []
         for pid, process in matching.items():

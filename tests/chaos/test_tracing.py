@@ -14,7 +14,7 @@ import socket
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,8 +92,8 @@ def _free_row() -> int:
             return first
 
 
-@pytest.fixture(scope="module")
-def traced() -> Iterator[Traced]:
+@contextmanager
+def _tracing(*, together: bool) -> Iterator[Traced]:
     engine_port, metrics_port = free_port(), _free_row()
     with collecting() as collector:
         environment = ROOMY | {
@@ -106,8 +106,27 @@ def traced() -> Iterator[Traced]:
             "PORTCULLIS_ENGINE_KIND": "detect",
             "PORTCULLIS_ENGINE_TIMEOUT_SECONDS": "1",
         }
-        with running_stack(environment=environment) as stack:
+        with running_stack(environment=environment, together=together) as stack:
             yield Traced(stack, collector, engine_port, metrics_port)
+
+
+@pytest.fixture(scope="module")
+def traced() -> Iterator[Traced]:
+    with _tracing(together=False) as traced:
+        yield traced
+
+
+@pytest.fixture(scope="module")
+def traced_together() -> Iterator[Traced]:
+    """One whose stages share a process."""
+    with _tracing(together=True) as traced:
+        yield traced
+
+
+@pytest.fixture(params=["traced", "traced_together"])
+def either(request: pytest.FixtureRequest) -> Traced:
+    chosen: Traced = request.getfixturevalue(request.param)
+    return chosen
 
 
 @dataclass(frozen=True)
@@ -184,18 +203,18 @@ def assert_adds_up(spans: list[Seen], request_id: str | None = None) -> None:
         assert sum(step.ms for step in steps) <= worker.ms + CLOCK_MS
 
 
-async def test_a_detection_by_the_primary_engine(traced: Traced) -> None:
-    async with traced.engine() as engine:
-        called = await call(traced, X_Request_ID="the-request")
+async def test_a_detection_by_the_primary_engine(either: Traced) -> None:
+    async with either.engine() as engine:
+        called = await call(either, X_Request_ID="the-request")
         assert called.status == 200
-        spans = await trace_of(traced, called.trace_id, has(*PRIMARY))
+        spans = await trace_of(either, called.trace_id, has(*PRIMARY))
         assert shape(spans) == PRIMARY
         assert_adds_up(spans, "the-request")
         root, asked = spans[0], one(spans, "engine detect", engine_role="primary")
         assert root.parent_id == called.parent_id
         assert root.attributes["http.response.status_code"] == 200
         assert root.attributes["portcullis.is_malicious"] is True
-        assert str(root.attributes["portcullis.key_id"]) in traced.stack.key
+        assert str(root.attributes["portcullis.key_id"]) in either.stack.key
         assert root.ms >= called.body["processing_time_ms"]
         assert f"traceparent: 00-{called.trace_id}-{asked.span_id}-01" in engine.head
         kinds = {(span.name.partition(" ")[0], span.kind) for span in spans}
@@ -204,11 +223,11 @@ async def test_a_detection_by_the_primary_engine(traced: Traced) -> None:
         assert not any(span.failed for span in spans)
 
 
-async def test_a_detection_through_the_fallback(traced: Traced) -> None:
-    async with traced.engine("status_500"):
-        called = await call(traced)
+async def test_a_detection_through_the_fallback(either: Traced) -> None:
+    async with either.engine("status_500"):
+        called = await call(either)
         assert called.body["degraded"] is True
-        spans = await trace_of(traced, called.trace_id, has(*FALLBACK))
+        spans = await trace_of(either, called.trace_id, has(*FALLBACK))
     assert shape(spans) == FALLBACK
     assert_adds_up(spans, called.body["request_id"])
     assert [span.attributes.get("error.type") for span in spans if span.failed] == ["status_5xx"]

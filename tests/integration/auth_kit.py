@@ -17,7 +17,7 @@ from pydantic import SecretStr
 
 from infra.embedded.servers import Server
 from libs.common import contracts, keys, subjects
-from libs.common.bus import Bus, Response
+from libs.common.bus import Bus
 from libs.common.context import RequestContext, new_request_id, new_traceparent
 from libs.common.contracts import (
     AccountRequest,
@@ -33,6 +33,7 @@ from libs.common.contracts import (
     Message,
     RegisterRequest,
 )
+from libs.common.neighbours import Response
 from libs.common.settings import CommonSettings
 from libs.common.stages import Answer
 from services.auth.app import parts

@@ -18,9 +18,10 @@ from infra.embedded.servers import Server
 from libs.common import contracts, subjects
 from libs.common.bus import RESEND_GRACE_SECONDS, Bus, NoRespondersError
 from libs.common.clock import SystemClock
-from libs.common.context import RequestContext, new_request_id, new_traceparent
+from libs.common.context import RequestContext
 from libs.common.contracts import Message
 from libs.common.errors import ErrorCode, PortcullisError
+from libs.common.neighbours import Neighbours
 from libs.common.settings import CommonSettings
 from libs.common.stages import Answer, Forward, origin_of
 from tests.conftest import OPERATOR, free_port, running
@@ -33,15 +34,19 @@ class Ping(Message, frozen=True):
 
 
 def context(seconds: float = 5.0) -> RequestContext:
-    return RequestContext(int((time.time() + seconds) * 1000), new_request_id(), new_traceparent())
+    return RequestContext.lasting(seconds, SystemClock())
 
 
-@pytest.fixture
-def make_bus(nats_server: Server, nats_passwords: dict[str, str]) -> MakeBus:
+@pytest.fixture(params=["apart", "together"])
+def make_bus(nats_server: Server, nats_passwords: dict[str, str], request: pytest.FixtureRequest) -> MakeBus:
+    """Of services in processes of their own, or in one and the same."""
+    neighbours = Neighbours() if request.param == "together" else None
+
     def make(service: str) -> Bus:
         return Bus(
             service,
             CommonSettings(nats_url=nats_server.url, nats_user=service, nats_password=SecretStr(nats_passwords[service])),
+            neighbours=neighbours,
         )
 
     return make

@@ -16,6 +16,7 @@ from libs.common.bus import Bus, NoRespondersError
 from libs.common.context import RequestContext, new_request_id
 from libs.common.contracts import Message, TraceKept
 from libs.common.errors import ErrorCode, PortcullisError
+from libs.common.neighbours import Neighbours
 from libs.common.settings import CommonSettings
 from libs.common.stages import Answer, Forward
 from libs.common.tracing import Recorded, Recorder
@@ -30,11 +31,15 @@ class Ping(Message, frozen=True):
     value: int = 0
 
 
-@pytest.fixture
-def make_bus(nats_server: Server, nats_passwords: dict[str, str]) -> MakeBus:
+@pytest.fixture(params=["apart", "together"])
+def make_bus(nats_server: Server, nats_passwords: dict[str, str], request: pytest.FixtureRequest) -> MakeBus:
+    """Of services in processes of their own, or in one and the same."""
+    neighbours = Neighbours() if request.param == "together" else None
+
     def make(service: str) -> Bus:
         password = SecretStr(nats_passwords[service])
-        return Bus(service, CommonSettings(nats_url=nats_server.url, nats_user=service, nats_password=password))
+        settings = CommonSettings(nats_url=nats_server.url, nats_user=service, nats_password=password)
+        return Bus(service, settings, neighbours=neighbours)
 
     return make
 
@@ -89,6 +94,7 @@ async def test_each_hop_is_below_the_one_that_sent_it(make_bus: MakeBus, recorde
     assert [span[3] for span in path] == [
         "process detect.v1.authenticated", "send detect.v1.authenticated", "process detect.v1.request", "send detect.v1.request",
     ]  # fmt: skip
+    assert [span[12] for span in path[:3]] == ["limiter", "auth", "auth"]
     assert path[-1][2] == CALLER[36:52]
 
 
@@ -99,7 +105,7 @@ async def test_nobody_at_the_first_stage_is_an_event_of_the_sending(make_bus: Ma
             await edge.request(subjects.DETECT_REQUEST, Ping(), context())
     (sent,) = found(recorder, "send detect.v1.request")
     assert events(sent) == [hops.NO_RESPONDERS]
-    assert sent[-1] == "stage_unavailable"
+    assert sent[11] == "stage_unavailable"
 
 
 async def test_nobody_at_a_later_stage_is_shown_below_the_sending(make_bus: MakeBus, recorder: Recorder) -> None:
@@ -109,6 +115,7 @@ async def test_nobody_at_a_later_stage_is_shown_below_the_sending(make_bus: Make
         await edge.request(subjects.DETECT_REQUEST, Ping(), context())
     (missed,), (sent,) = found(recorder, hops.NO_RESPONDERS), found(recorder, "send detect.v1.authenticated")
     assert missed[2] == sent[1]
+    assert missed[12] == sent[12] == "auth"
     assert events(missed) == [hops.NO_RESPONDERS]
 
 
@@ -136,7 +143,7 @@ async def test_what_is_sent_again_says_so(make_bus: MakeBus, recorder: Recorder)
             await asked
     (sent,) = found(recorder, "send detect.v1.request")
     assert events(sent) == [hops.SENT_AGAIN]
-    assert sent[-1] == ""
+    assert sent[11] == ""
 
 
 async def test_a_refusal_an_expiry_and_a_full_stage_are_seen(make_bus: MakeBus, recorder: Recorder) -> None:
@@ -158,8 +165,8 @@ async def test_a_refusal_an_expiry_and_a_full_stage_are_seen(make_bus: MakeBus, 
         await edge.request(subjects.DETECT_REQUEST, Ping(), context())
         with pytest.raises(PortcullisError):
             await held
-    outcomes = {span[-1] for span in found(recorder, "process detect.v1.request")}
-    assert outcomes == {"forbidden", "overloaded", "expired"}
+    stages = found(recorder, "process detect.v1.request")
+    assert {(span[11], span[12]) for span in stages} == {("forbidden", "auth"), ("overloaded", "auth"), ("expired", "auth")}
     assert "a text" not in str(spans(recorder))
 
 

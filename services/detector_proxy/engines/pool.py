@@ -17,11 +17,12 @@ from typing import Protocol, TypeVar
 import msgspec
 
 from libs.common import micro, telemetry
-from libs.common.bus import NoRespondersError, Response
+from libs.common.bus import NoRespondersError
 from libs.common.clock import Clock
 from libs.common.context import RequestContext
 from libs.common.contracts import DetectPayload, ErrorBody, Message, ModelItemResults, ModelItems, ModelRequest, ModelResult
 from libs.common.errors import ErrorCode, PortcullisError
+from libs.common.neighbours import Response
 from libs.common.retries import RetryBudget
 from libs.common.subjects import DEFAULT_POOL, POOL_PING, model_pool, model_pool_batch
 from services.detector_proxy.metrics import POOL_RETRIES

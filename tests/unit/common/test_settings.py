@@ -74,3 +74,24 @@ def test_a_secret_that_may_not_be_read_ends_the_start_with_a_line(
     (line,) = capsys.readouterr().err.splitlines()
     assert f"{secret}: permission denied" in line
     assert "from a file" not in line
+
+
+def test_several_services_in_one_process_have_a_password_each(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PORTCULLIS_TOKEN", "a token")
+    (folder / "portcullis_nats_passwords").write_text('{"edge": "first-password", "auth": "second"}')
+    settings = load(Settings)
+    assert {name: password.get_secret_value() for name, password in settings.nats_passwords.items()} == {
+        "edge": "first-password",
+        "auth": "second",
+    }
+    assert "first-password" not in repr(settings)
+    for wrong in ("edge=one", '["one"]', '{"edge": 1}', "[" * 100_000):
+        monkeypatch.setenv("PORTCULLIS_NATS_PASSWORDS", wrong)
+        with pytest.raises(SystemExit):
+            load(Settings)
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("portcullis: PORTCULLIS_NATS_PASSWORDS: ")
+        assert "JSON object such as" in line
+        assert wrong not in line

@@ -181,7 +181,7 @@ def test_on_the_wire(recorder: Recorder, collector: Collector, monkeypatch: pyte
     root.event("sent again")
     root.fail("503")
     root.end()
-    wire = Wire("portcullis-edge", "0a1b", "0.1.0")
+    wire = Wire("edge", "0a1b", "0.1.0")
     assert wire.send(recorder.take(10))
     wire.close()
     (seen,) = collector.spans
@@ -201,6 +201,6 @@ def test_a_refusal_of_the_collector_is_no_exception(
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.url)
     collector.refusing = True
     spans(3)
-    wire = Wire("portcullis-edge", "0a1b", "0.1.0")
+    wire = Wire("edge", "0a1b", "0.1.0")
     assert not wire.send(recorder.take(10))
     wire.close()

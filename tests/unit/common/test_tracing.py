@@ -47,6 +47,7 @@ class Ended(NamedTuple):
     events: tuple[Event, ...]
     links: tuple[str, ...]
     error: str
+    service: str
 
 
 def taken(recorder: Recorder, most: int = 1000) -> list[Ended]:
@@ -318,7 +319,9 @@ def only(recorder: Recorder) -> Ended:
 
 def test_a_span_tells_when_what_below_what_and_what_went_wrong(recorder: Recorder, time: Time) -> None:
     began = time.now
+    tracing.serve("auth")
     span = tracing.begin("step", CLIENT, CALLER + "01", (("a", 1),))
+    tracing.serve("")
     span.set("b", "two")
     time.advance_ms(3)
     span.event("something")
@@ -327,7 +330,7 @@ def test_a_span_tells_when_what_below_what_and_what_went_wrong(recorder: Recorde
     span.end()
     assert only(recorder) == (
         TRACE, span.traceparent[36:52], CALLER[36:52], "step", CLIENT, began, began + 7_000_000,
-        (("a", 1),), (("b", "two"),), (("something", began + 3_000_000),), (), "timeout",
+        (("a", 1),), (("b", "two"),), (("something", began + 3_000_000),), (), "timeout", "auth",
     )  # fmt: skip
 
 
@@ -393,9 +396,8 @@ def test_a_stage_says_what_became_of_a_message(recorder: Recorder) -> None:
 
 def test_whoever_gets_a_message_is_told_the_span_that_sent_it(recorder: Recorder) -> None:
     sends = hops.Hops()
-    headers = {"traceparent": CALLER + "01"}
-    with sends.sending("detect.v1.request", headers) as span:
-        assert headers["traceparent"] == span.traceparent != CALLER + "01"
+    with sends.sending("detect.v1.request", CALLER + "01") as span:
+        assert span.traceparent != CALLER + "01"
         sends.forwarded("_INBOX.edge.1.2", span)
     sends.not_received("_INBOX.edge.1.3")
     sends.not_received("_INBOX.edge.1.2")
@@ -417,10 +419,8 @@ def test_words_for_exceptions_are_never_their_texts() -> None:
 
 def test_without_a_recorder_the_callers_traceparent_goes_on_as_it_is() -> None:
     tracing.use(None)
-    headers = {"traceparent": CALLER + "01"}
-    with hops.Hops().sending("detect.v1.request", headers) as span:
+    with hops.Hops().sending("detect.v1.request", CALLER + "01") as span:
         assert not span
-    assert headers == {"traceparent": CALLER + "01"}
     assert not tracing.root("root", SERVER, CALLER + "01")
     assert tracing.current_trace_id() is None
 

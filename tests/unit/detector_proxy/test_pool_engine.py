@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from libs.common import contracts, micro, telemetry
-from libs.common.bus import NoRespondersError, Response
+from libs.common.bus import NoRespondersError
 from libs.common.clock import ManualClock
 from libs.common.context import RequestContext, from_headers
 from libs.common.contracts import (
@@ -25,6 +25,7 @@ from libs.common.contracts import (
     raw,
 )
 from libs.common.errors import ErrorCode, PortcullisError
+from libs.common.neighbours import Response
 from libs.common.retries import RetryBudget
 from services.detector_proxy.engines.pool import ATTEMPT_SECONDS, BULK_ATTEMPT_SECONDS, MARGIN_SECONDS, MAX_ATTEMPTS, PoolEngine
 from services.detector_proxy.ports import EngineError

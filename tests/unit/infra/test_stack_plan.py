@@ -130,6 +130,33 @@ def test_scale_is_parsed_or_explained() -> None:
             stack.parse_scale([wrong])
 
 
+def test_stages_that_share_the_edges_process_have_all_that_they_need_there_and_nothing_else(home: Home) -> None:
+    engine = {"PORTCULLIS_ENGINE_URL": "http://engine.example"}
+    apart = environments(plan(home, engine))
+    environment = {"PORTCULLIS_EDGE_PORT": str(free_port()), **NO_POSTGRES, **engine}
+    planned = stack.plan(home, environment, {"edge": 2}, together=True)
+    services = [program for program in planned.programs if program.group != "servers"]
+    assert [program.name for program in services] == ["edge", "fallback_model", "jobs", "console"]
+    edge = services[0]
+    assert edge.replicas == 2
+    assert edge.command[-5:] == ("services", "edge", "auth", "limiter", "detector_proxy")
+    assert len(edge.metrics_ports) == 2
+    passwords = json.loads(edge.environment["PORTCULLIS_NATS_PASSWORDS"])
+    assert passwords == {name: apart[name]["PORTCULLIS_NATS_PASSWORD"] for name in stack.TOGETHER}
+    assert "PORTCULLIS_NATS_PASSWORD" not in edge.environment
+    wanted = set().union(*(apart[name] for name in stack.TOGETHER)) - {"PORTCULLIS_NATS_USER", "PORTCULLIS_NATS_PASSWORD"}
+    assert set(edge.environment) == wanted | {"PORTCULLIS_NATS_PASSWORDS"}
+    for name in ("fallback_model", "jobs", "console"):
+        assert environments(planned)[name].keys() == apart[name].keys()
+    assert "secret" not in " ".join(edge.command)
+
+
+@pytest.mark.parametrize("name", ["auth", "limiter", "detector_proxy"])
+def test_what_shares_the_edges_process_cannot_be_scaled_by_itself(home: Home, name: str) -> None:
+    with pytest.raises(stack.StackError, match=f"--scale {name}=2: .*scale edge instead"):
+        stack.plan(home, NO_SERVERS, {name: 2}, together=True)
+
+
 def test_there_can_be_one_console_only() -> None:
     assert stack.parse_scale(["console=1"]) == {"console": 1}
     with pytest.raises(stack.StackError, match="--scale console=2: there can be one console only"):

@@ -1,0 +1,221 @@
+"""Services in one process hand each other their messages; what others have to do with them goes over a real server as ever.
+
+`test_bus.py` and `test_bus_traces.py` play what holds of every bus with neighbours, too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+
+import nats
+import pytest
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+from pydantic import SecretStr
+
+from infra.embedded.servers import Server
+from libs.common import subjects
+from libs.common.bus import Bus
+from libs.common.clock import SystemClock
+from libs.common.context import RequestContext
+from libs.common.contracts import Message, raw
+from libs.common.errors import ErrorCode, PortcullisError
+from libs.common.neighbours import Neighbours
+from libs.common.settings import CommonSettings
+from libs.common.stages import Answer, Forward
+from tests.conftest import OPERATOR
+from tests.integration.test_bus import started
+
+
+class Ping(Message, frozen=True):
+    value: int = 0
+
+
+@dataclass
+class House:
+    """Makes buses of one process, and overhears what goes over the server."""
+
+    server: Server
+    passwords: dict[str, str]
+    operator: Client
+    neighbours: Neighbours = field(default_factory=Neighbours)
+    overheard: list[str] = field(default_factory=list)
+
+    def bus(self, service: str, neighbours: Neighbours | None = None) -> Bus:
+        password = SecretStr(self.passwords[service])
+        settings = CommonSettings(nats_url=self.server.url, nats_user=service, nats_password=password)
+        return Bus(service, settings, neighbours=neighbours or self.neighbours)
+
+    async def overhear(self, subject: str) -> None:
+        async def note(msg: Msg) -> None:
+            self.overheard.append(msg.subject)
+
+        await self.operator.subscribe(subject, cb=note)
+        await self.crossed()
+
+    async def crossed(self) -> list[str]:
+        """The subjects of what has gone over the server so far, of messages about detections."""
+        await self.operator.flush()
+        await self.operator.flush()
+        return self.overheard
+
+
+@pytest.fixture
+async def house(nats_server: Server, nats_passwords: dict[str, str]) -> AsyncIterator[House]:
+    operator = await nats.connect(nats_server.url, user=OPERATOR, password=nats_passwords[OPERATOR])
+    made = House(nats_server, nats_passwords, operator)
+    await made.overhear("detect.v1.>")
+    yield made
+    await operator.close()
+
+
+def context(seconds: float = 20.0) -> RequestContext:
+    return RequestContext.lasting(seconds, SystemClock())
+
+
+async def to_limiter(message: Ping, _: RequestContext) -> Forward:
+    return Forward(subjects.DETECT_AUTHENTICATED, message)
+
+
+async def test_what_neighbours_tell_each_other_does_not_leave_the_process(house: House) -> None:
+    edge, auth, limiter = house.bus("edge"), house.bus("auth"), house.bus("limiter")
+    seen: list[tuple[Ping, RequestContext]] = []
+
+    async def look(message: Ping, request: RequestContext) -> Answer:
+        seen.append((message, request))
+        return Answer(message)
+
+    auth.stage(subjects.DETECT_REQUEST, Ping, to_limiter)
+    limiter.stage(subjects.DETECT_AUTHENTICATED, Ping, look)
+    asked, message = context(), Ping(value=7)
+    async with started(edge, auth, limiter):
+        for _ in range(2):
+            response = await edge.request(subjects.DETECT_REQUEST, message, asked)
+        assert await house.crossed() == []
+    assert response.reply.result == raw(message)
+    assert list(response.timings) == ["auth", "limiter"]
+    (first, one), (_, two) = seen
+    assert first is message
+    assert (one.request_id, one.traceparent, one.deadline_ms) == (asked.request_id, asked.traceparent, asked.deadline_ms)
+    assert one.attempt_of != two.attempt_of  # two requests, whatever their callers call them
+
+
+async def test_what_comes_from_elsewhere_is_taken_and_answered_there(house: House) -> None:
+    stranger, auth, limiter = house.bus("edge", Neighbours()), house.bus("auth"), house.bus("limiter")
+
+    async def answer(message: Ping, _: RequestContext) -> Answer:
+        return Answer(message)
+
+    auth.stage(subjects.DETECT_REQUEST, Ping, to_limiter)
+    limiter.stage(subjects.DETECT_AUTHENTICATED, Ping, answer)
+    async with started(stranger, auth, limiter):
+        response = await stranger.request(subjects.DETECT_REQUEST, Ping(value=3), context())
+        assert await house.crossed() == [subjects.DETECT_REQUEST]
+    assert response.reply.result == raw(Ping(value=3))
+
+
+async def test_who_has_no_such_neighbour_asks_elsewhere(house: House) -> None:
+    edge, auth, limiter = house.bus("edge"), house.bus("auth", Neighbours()), house.bus("limiter")
+
+    async def refuse(_: Ping, __: RequestContext) -> Answer:
+        raise PortcullisError(ErrorCode.RATE_LIMITED, retry_after=2)
+
+    auth.stage(subjects.DETECT_REQUEST, Ping, to_limiter)
+    limiter.stage(subjects.DETECT_AUTHENTICATED, Ping, refuse)
+    async with started(edge, auth, limiter):
+        response = await edge.request(subjects.DETECT_REQUEST, Ping(), context())
+        assert await house.crossed() == [subjects.DETECT_REQUEST, subjects.DETECT_AUTHENTICATED]
+    assert response.reply.error is not None
+    assert (response.reply.error.code, response.reply.error.retry_after) == (ErrorCode.RATE_LIMITED, 2)
+
+
+async def test_another_replica_goes_on_where_a_neighbour_stops(house: House) -> None:
+    edge, auth, other = house.bus("edge"), house.bus("auth"), house.bus("auth", Neighbours())
+
+    async def answer(message: Ping, _: RequestContext) -> Answer:
+        return Answer(message)
+
+    for bus in (auth, other):
+        bus.stage(subjects.DETECT_REQUEST, Ping, answer)
+    async with started(edge, other):
+        async with started(auth):
+            await edge.request(subjects.DETECT_REQUEST, Ping(), context())
+            assert await house.crossed() == []
+        response = await edge.request(subjects.DETECT_REQUEST, Ping(value=5), context())
+        assert await house.crossed() == [subjects.DETECT_REQUEST]
+    assert response.reply.result == raw(Ping(value=5))
+
+
+async def test_what_concerns_every_replica_reaches_those_elsewhere_too(house: House) -> None:
+    edge, proxy, other = house.bus("edge"), house.bus("detector_proxy"), house.bus("detector_proxy", Neighbours())
+
+    async def tell(message: Ping, _: RequestContext) -> Answer:
+        return Answer(message)
+
+    for bus in (proxy, other):
+        bus.stage(subjects.BREAKERS_LIST, Ping, tell, broadcast=True)
+    async with started(edge, proxy, other):
+        answers = await edge.gather(subjects.BREAKERS_LIST, Ping(), context(), window_seconds=20.0, expected=2)
+    assert len(answers) == 2
+
+
+async def test_without_a_connection_nobody_is_asked(house: House) -> None:
+    """As if the stages were elsewhere: what a verdict leaves behind on NATS (usage, the trace) is part of it."""
+    edge, auth = house.bus("edge"), house.bus("auth")
+    asked: list[Ping] = []
+
+    async def note(message: Ping, _: RequestContext) -> Answer:
+        asked.append(message)
+        return Answer(message)
+
+    auth.stage(subjects.DETECT_REQUEST, Ping, note)
+    async with started(edge, auth):
+        await edge.connection.close()
+        with pytest.raises(PortcullisError) as caught:
+            await edge.request(subjects.DETECT_REQUEST, Ping(), context())
+    assert caught.value.code == ErrorCode.STAGE_UNAVAILABLE
+    assert asked == []
+
+
+async def test_who_has_given_up_is_not_told(house: House) -> None:
+    edge, auth = house.bus("edge"), house.bus("auth")
+    begun, release = asyncio.Event(), asyncio.Event()
+
+    async def wait(message: Ping, _: RequestContext) -> Answer:
+        begun.set()
+        await release.wait()
+        return Answer(message)
+
+    auth.stage(subjects.DETECT_REQUEST, Ping, wait)
+    async with started(edge, auth):
+        await house.overhear(f"{edge._inbox}.>")
+        asked = asyncio.create_task(edge.request(subjects.DETECT_REQUEST, Ping(value=1), context()))
+        await begun.wait()
+        asked.cancel()
+        await asyncio.wait({asked})
+        release.set()
+        assert (await edge.request(subjects.DETECT_REQUEST, Ping(value=2), context())).reply.result == raw(Ping(value=2))
+        assert await house.crossed() == []
+
+
+@pytest.mark.parametrize(
+    ("names", "passwords", "said"),
+    [
+        ((), "{}", "usage: python -m services NAME..., each once, of edge, auth, "),
+        (("edge", "postgres"), "{}", "usage: python -m services NAME..., "),
+        (("edge", "edge"), "{}", "usage: python -m services NAME..., "),
+        (("edge", "limiter"), '{"edge": "x"}', "portcullis edge: PORTCULLIS_NATS_PASSWORDS holds no password of limiter"),
+    ],
+)
+def test_what_cannot_be_run_together_is_said_in_a_line(names: tuple[str, ...], passwords: str, said: str) -> None:
+    environment = {**os.environ, "PORTCULLIS_NATS_PASSWORDS": passwords}
+    command = [sys.executable, "-m", "services", *names]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert ended.returncode != 0
+    (line,) = ended.stderr.splitlines()
+    assert line.startswith(said)
