@@ -19,6 +19,7 @@ from libs.common.clock import Clock
 from libs.common.context import RequestContext
 from libs.common.contracts import DetectPayload, ThreatType, Verdict
 from libs.common.errors import ErrorCode, PortcullisError
+from libs.common.timeouts import within
 from services.detector_proxy.breaker import CircuitBreakerError, EngineBreaker
 from services.detector_proxy.metrics import ENGINE_CALLS, ENGINE_DURATION, ENGINE_IN_FLIGHT, ENGINE_LIMIT
 from services.detector_proxy.ports import BulkEngine, Engine, EngineError, EngineResult, Outcome
@@ -33,7 +34,7 @@ FALLBACK = "fallback"
 
 PRIMARY_SHARE = 0.6
 """The part of what remains until the deadline that the primary engine may use; the rest is the fallback's."""
-REPLY_RESERVE_SECONDS = 0.02
+REPLY_RESERVE_SECONDS = 0.03
 """Kept from the engines, so that the answer (or the error) still reaches the edge in time."""
 PAUSE_SECONDS = (0.02, 0.5)
 """The first and the longest pause before texts of a batch are put again to a fallback that had no room for them."""
@@ -120,7 +121,7 @@ class GuardedEngine:
     async def _ask(self, ask: Callable[[float], Awaitable[T]], timeout_seconds: float) -> T:
         started, result = time.perf_counter(), "failed"
         try:
-            async with asyncio.timeout(timeout_seconds):
+            with within(timeout_seconds):
                 answer = await ask(timeout_seconds)
             result = "ok"
             return answer

@@ -6,19 +6,23 @@ import asyncio
 import contextlib
 import json
 import random
+import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
+import trustme
 
 from libs.common.clock import ManualClock
 from libs.common.context import RequestContext, new_request_id, new_traceparent
 from libs.common.contracts import DetectPayload
 from services.detector_proxy.breaker import BreakerPolicy, EngineBreaker
 from services.detector_proxy.core import GuardedEngine
+from services.detector_proxy.engines import http as client
+from services.detector_proxy.engines.connection import MAX_BODY_BYTES
 from services.detector_proxy.engines.factory import http_engine
-from services.detector_proxy.engines.http import MAX_BODY_BYTES
 from services.detector_proxy.ports import Engine, EngineError, EngineResult
 from services.detector_proxy.settings import DetectorProxySettings
 from tests.conftest import free_port
@@ -73,9 +77,11 @@ class Server:
     health: bytes | Reaction = b""
     requests: list[Request] = field(default_factory=list)
     connections: int = 0
+    open: int = 0
 
     async def handle(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
+        self.open += 1
         with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
             try:
                 while True:
@@ -91,6 +97,7 @@ class Server:
                     else:
                         await answer(writer)
             finally:
+                self.open -= 1
                 writer.close()
 
 
@@ -353,6 +360,13 @@ async def endless_interim(writer: asyncio.StreamWriter) -> None:
         await asyncio.sleep(0.001)
 
 
+async def frame_a_little_endlessly(writer: asyncio.StreamWriter) -> None:
+    writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n")
+    for _ in range(4000):
+        writer.write((b"1;" + b"x" * 1000 + b"\r\n \r\n") * 10)
+        await writer.drain()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("answer", "reason"),
@@ -367,6 +381,8 @@ async def endless_interim(writer: asyncio.StreamWriter) -> None:
         (endless_headers, "bad_http"),
         (announce_100_mb, "too_large"),
         (stream_100_mb, "too_large"),
+        (frame_a_little_endlessly, "too_large"),
+        (http(b"", "101 Switching Protocols", extra="Connection: upgrade\r\nUpgrade: other\r\n"), "bad_http"),
         (http(b" " * (MAX_BODY_BYTES + 1)), "too_large"),
         (b"not HTTP at all\r\n\r\n", "bad_http"),
         (b"HTTP/1.1 999999 Odd\r\n\r\n", "bad_http"),
@@ -397,6 +413,129 @@ async def test_bad_answers_are_failures_of_the_engine(kind: str, answer: bytes |
     slow = reason == "timeout"
     error = await refusal(kind, answer, timeout_seconds=0.3 if slow else 10.0)
     assert (error.reason, error.counts) == (reason, True)
+
+
+HARMLESS = {
+    "detect": GOOD["detect"] | {"is_malicious": False, "confidence": 0.01},  # type: ignore[operator]  # an object, as JSON is
+    "tei": [{"score": 0.01, "label": "INJECTION"}, {"score": 0.99, "label": "SAFE"}],
+    "kserve": {"model_name": "guard", "outputs": [{"name": "confidence", "datatype": "FP32", "shape": [1, 1], "data": [0.01]}]},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("later", [False, True])
+@pytest.mark.parametrize("whole", [False, True])
+async def test_an_answer_that_nobody_has_asked_for_is_never_taken_for_the_next(kind: str, *, later: bool, whole: bool) -> None:
+    """Else an engine, or whoever sits between, could answer about a text before it is asked."""
+    second = http(HARMLESS[kind]) if whole else http(HARMLESS[kind])[:-20]
+    async with serving() as server, engine_of(kind, server.url) as engine:
+        read, sent = asyncio.Event(), asyncio.Event()
+
+        async def twice(writer: asyncio.StreamWriter) -> None:
+            if later:
+                writer.write(http(GOOD[kind]))
+                await writer.drain()
+                await read.wait()
+                writer.write(second)
+            else:
+                writer.write(http(GOOD[kind]) + second)
+            await writer.drain()
+            sent.set()
+
+        server.answer = twice
+        for _ in range(3):
+            read.clear()
+            sent.clear()
+            assert (await engine.detect(TEXT, CONTEXT, 5)).confidence == pytest.approx(0.93)
+            read.set()
+            await sent.wait()
+            # What was sent to us is there now, whether or not anybody looks at it.
+            reader, writer = await asyncio.open_connection(*server.url.removeprefix("http://").split(":"))
+            writer.write(b"GET /health HTTP/1.1\r\n\r\n")
+            server.health = http(b"")
+            await reader.readuntil(b"\r\n\r\n")
+            writer.close()
+        assert server.connections == 6
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_a_health_answer_with_another_behind_it_is_not_taken_for_a_judgement(kind: str) -> None:
+    async with serving() as server, engine_of(kind, server.url) as engine:
+        server.health = http(b"{}") + http(HARMLESS[kind])
+        server.answer = http(GOOD[kind])
+        assert await engine.health() == "up"
+        assert (await engine.detect(TEXT, CONTEXT, 5)).confidence == pytest.approx(0.93)
+
+
+@pytest.mark.parametrize(("known", "reason"), [(True, None), (False, "unreachable")])
+async def test_an_engine_behind_tls_is_asked_only_with_a_certificate_that_is_known(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, reason: str | None, *, known: bool
+) -> None:
+    authority = trustme.CA()
+    (authority if known else trustme.CA()).cert_pem.write_to_path(tmp_path / "ca.pem")
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
+    tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    authority.issue_cert("localhost").configure_cert(tls)
+    port = free_port()
+    server = Server(f"https://localhost:{port}", http(GOOD["detect"]), http(b""))
+    listening = await asyncio.start_server(server.handle, "127.0.0.1", port, ssl=tls)
+    async with engine_of("detect", server.url) as engine:
+        if reason is None:
+            for _ in range(3):
+                assert (await engine.detect(TEXT, CONTEXT, 5)).confidence == 0.93
+            assert server.connections == 1
+        else:
+            with pytest.raises(EngineError) as caught:
+                await engine.detect(TEXT, CONTEXT, 5)
+            assert caught.value.reason == reason
+            assert server.requests == []
+        assert (await engine.health() == "up") is known
+    listening.close()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_an_answer_without_a_length_ends_with_its_connection(kind: str) -> None:
+    async with serving() as server, engine_of(kind, server.url) as engine:
+
+        async def unsized(writer: asyncio.StreamWriter) -> None:
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n\r\n" + json.dumps(GOOD[kind]).encode())
+            await hang_up(writer)
+
+        server.answer = unsized
+        for _ in range(2):
+            assert (await engine.detect(TEXT, CONTEXT, 5)).confidence == pytest.approx(0.93)
+        assert server.connections == 2
+
+
+async def test_an_interim_answer_is_passed_over() -> None:
+    hints = b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\nContent-Type: text/html\r\n\r\n"
+    assert (await ask("detect", hints + http(GOOD["detect"], content_type=None)))[0].confidence == 0.93
+
+
+async def test_connections_are_shared_by_turns_and_closed_when_nobody_needs_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "KEEPALIVE_SECONDS", 0.05)
+    async with serving() as server, engine_of("detect", server.url) as engine:
+
+        async def answer(writer: asyncio.StreamWriter) -> None:
+            writer.write(http(GOOD["detect"]))
+            await asyncio.sleep(0.01)
+
+        server.answer = answer
+        await asyncio.gather(*(engine.detect(TEXT, CONTEXT, 5) for _ in range(4)))
+        assert server.connections == 4
+        async with asyncio.timeout(10):
+            while server.open:
+                await asyncio.sleep(0.01)
+        await engine.detect(TEXT, CONTEXT, 5)
+        assert server.connections == 5
+
+
+async def test_the_path_of_the_configured_url_comes_first() -> None:
+    async with serving() as server, engine_of("detect", f"{server.url}/guard/v\u00e9/") as engine:
+        server.answer = http(GOOD["detect"])
+        await engine.detect(TEXT, CONTEXT, 5)
+        assert server.requests[0].line == "POST /guard/v%C3%A9/v1/detect HTTP/1.1"
+        assert server.requests[0].headers["host"] == server.url.removeprefix("http://")
 
 
 PIECES = (

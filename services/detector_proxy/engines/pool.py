@@ -25,6 +25,7 @@ from libs.common.errors import ErrorCode, PortcullisError
 from libs.common.neighbours import Response
 from libs.common.retries import RetryBudget
 from libs.common.subjects import DEFAULT_POOL, POOL_PING, model_pool, model_pool_batch
+from libs.common.timeouts import GRAIN_SECONDS
 from services.detector_proxy.metrics import POOL_RETRIES
 from services.detector_proxy.ports import EngineError, EngineResult, Health, Outcome
 
@@ -35,7 +36,7 @@ ATTEMPT_SECONDS_PER_CHARACTER = 5e-5
 so that silence means that it hangs; and 100 000 characters take seconds."""
 BULK_ATTEMPT_SECONDS = 5.0
 """The same for many texts, which wait for single ones, and for what came before them."""
-MARGIN_SECONDS = 0.005
+MARGIN_SECONDS = 2 * GRAIN_SECONDS
 """An attempt ends that much before the caller would cancel it: what came of it is then known, and counted, for certain."""
 PING_SECONDS = 0.2
 

@@ -15,7 +15,15 @@ from libs.common.errors import ErrorCode, PortcullisError
 from libs.common.tracing import Recorder
 from services.detector_proxy import handlers
 from services.detector_proxy.breaker import BreakerPolicy
-from services.detector_proxy.core import PAUSE_SECONDS, PRIMARY_SHARE, AllAtOnce, BulkJudge, GuardedEngine, OneByOne
+from services.detector_proxy.core import (
+    PAUSE_SECONDS,
+    PRIMARY_SHARE,
+    REPLY_RESERVE_SECONDS,
+    AllAtOnce,
+    BulkJudge,
+    GuardedEngine,
+    OneByOne,
+)
 from services.detector_proxy.ports import EngineError, EngineResult, Outcome
 from tests.unit.detector_proxy.fakes import GOOD, FakeEngine, FakeUsageLog, HeldEngine, broken, context, guarded
 
@@ -128,7 +136,7 @@ async def test_the_primary_has_its_share_of_the_time_for_all_of_them_together() 
     engine = Slow()
     bench = Bench(FakePool(), engine, places=1)
     assert told(await bench.ask(5)) == ["good-engine", "good-engine", "pool-model!", "pool-model!"]
-    assert engine.allotted == pytest.approx([2.0, PRIMARY_SHARE * 4.98 - 1.5])
+    assert engine.allotted == pytest.approx([2.0, PRIMARY_SHARE * (5 - REPLY_RESERVE_SECONDS) - 1.5])
 
 
 async def test_a_pool_without_room_is_asked_again_with_growing_pauses_until_it_has() -> None:
