@@ -57,9 +57,11 @@ from libs.common.stages import (
     DoorHandler,
     DoorStage,
     Forward,
+    Handed,
     Handler,
     Stage,
     Waiting,
+    follow,
 )
 from libs.common.subjects import (
     CLIENT_DISCONNECTED,
@@ -73,6 +75,7 @@ from libs.common.subjects import (
     inbox,
     service_of,
 )
+from libs.common.timeouts import within
 
 log = logging.getLogger(__name__)
 
@@ -320,6 +323,7 @@ class Bus:
                 self.closed.set()
             else:
                 closing.result()
+        self._forget_subscriptions()
         with contextlib.suppress(nats.errors.ConnectionClosedError):
             await self.broker.stop()
 
@@ -347,6 +351,8 @@ class Bus:
         """
         if not again:
             self.retry_budget.count()
+        if self._neighbour(subject) is not None:  # nothing is sent
+            return await self._request(subject, message, context, tracing.NO_SPAN, idempotent=idempotent, token=token)
         with self._hops.sending(subject, context.traceparent) as span:
             sent = context.within(span.traceparent) if span else context
             response = await self._request(subject, message, sent, span, idempotent=idempotent, token=token)
@@ -375,15 +381,16 @@ class Bus:
         async def send() -> None:
             stage = self._neighbour(subject)
             if stage is not None:
-                await stage.take(message, context, origin)
+                with tracing.aside():
+                    await follow(Handed(stage, message, context.as_attempt(origin)), origin)
             else:
                 await self._publish(subject, encode(message), reply=origin, headers=context.outgoing(self.clock))
 
         self._waiting[token] = resolve
         self._pending[token] = _Pending(future, send if idempotent else None, span)
         try:
-            await send()
-            async with asyncio.timeout(context.remaining_seconds(self.clock)):
+            with within(context.remaining_seconds(self.clock)):
+                await send()
                 answer = await future
         except TimeoutError:
             raise PortcullisError(ErrorCode.DEADLINE_EXCEEDED, internal=f"no answer on {subject}") from None
@@ -467,17 +474,18 @@ class Bus:
 
     # --- answering -------------------------------------------------------------------------------------------------------
 
-    async def forward(self, forward: Forward, origin: str | None, context: RequestContext) -> None:
+    async def forward(self, forward: Forward, origin: str | None, context: RequestContext) -> Handed | None:
+        """Send it to the next stage; what is to be done here instead, where that is of this process."""
+        stage = self._neighbour(forward.subject)
+        if stage is not None:
+            return Handed(stage, forward.message, context.as_attempt(origin))
         with self._hops.sending(forward.subject, context.traceparent) as span:
             if span:
                 context = context.within(span.traceparent)
-            stage = self._neighbour(forward.subject)
-            if stage is not None:
-                await stage.take(forward.message, context, origin)
-                return
             self._hops.forwarded(origin, span)
             reply = f"{self._inbox}.{origin}" if origin else ""
             await self._publish(forward.subject, encode(forward.message), reply=reply, headers=context.outgoing(self.clock))
+        return None
 
     async def answer(self, origin: str | None, answer: Answer, context: RequestContext) -> None:
         result = answer.result if isinstance(answer.result, msgspec.Raw) else raw(answer.result)
@@ -505,6 +513,12 @@ class Bus:
     async def reply_raw(self, reply: str, payload: bytes) -> None:
         """An answer in a form that is not ours, to whoever asked in it."""
         await self._publish(reply, payload)
+
+    def _forget_subscriptions(self) -> None:
+        """FastStream would end them on a connection that is closed."""
+        subscriber: Any
+        for subscriber in self.broker.subscribers:
+            subscriber.subscription = None
 
     async def _drain_subscriber(self, subscriber: Any) -> None:
         """Unsubscribe, and wait until every message that was delivered has been handed to its stage."""
@@ -605,6 +619,8 @@ class Bus:
         # A client names its connection as it likes.
         departed = service_of(client.name) if not client.user.startswith(CLIENT_USER_PREFIX) else None
         if departed is None or departed[0] not in DEPENDS_ON[self.service] or departed[1] in self._left:
+            return
+        if self._neighbours.lives(inbox(*departed)):  # only its connection is gone: this process has its work still in hand
             return
         log.warning("%s %s is gone, with what it had in hand", *departed)
         tokens = [token for token, pending in self._pending.items() if pending.again is not None]

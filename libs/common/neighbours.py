@@ -55,6 +55,10 @@ class Neighbours:
         """A bus whose answers come to `inbox`."""
         self._askers[inbox] = asker
 
+    def lives(self, inbox: str) -> bool:
+        """Whether the bus with this inbox is of this process."""
+        return inbox in self._askers
+
     def open(self, asker: Asker, stages: Iterable[Stage[Any]]) -> None:
         """These stages of a bus take messages from now on."""
         self._stages |= {stage.subject: (asker, stage) for stage in stages}

@@ -39,6 +39,9 @@ CONNECT_GRACE_SECONDS = 1.0
 """How long a front waits for the bus before it opens: callers that queued while it was away need not be refused then. After
 that it opens all the same, and says that nothing is there, instead of keeping them."""
 
+GC_THRESHOLDS = (10_000, 20, 50)
+"""Of `gc.set_threshold`: some megabytes of garbage in circles at the most."""
+
 EXIT_CONNECTION_LOST = 3
 """The NATS connection was closed for good; whoever supervises us starts a new process."""
 
@@ -229,9 +232,14 @@ async def _end_unless_done(task: asyncio.Task[None]) -> None:
 
 
 def _keep_what_is_there() -> None:
-    """What the process is made of stays until its end: the garbage collector need not look at it again and again."""
+    """What the process is made of stays until its end: the garbage collector need not look at it again and again.
+
+    What requests leave behind is freed without it. By default it looks whenever 700 objects more are there than before, which are
+    those of the requests in hand: a twentieth of all processor time where stages share a process.
+    """
     gc.collect()
     gc.freeze()
+    gc.set_threshold(*GC_THRESHOLDS)
 
 
 async def _unless(stop: asyncio.Event, task: asyncio.Task[None]) -> bool:

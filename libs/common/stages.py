@@ -9,7 +9,7 @@ import logging
 import re
 import time
 from collections.abc import Awaitable, Callable
-from typing import Generic, Protocol, TypeVar, cast
+from typing import Any, Generic, Protocol, TypeVar, cast
 
 import msgspec
 from nats.aio.msg import Msg
@@ -26,6 +26,7 @@ from libs.common.context import (
 from libs.common.contracts import Message, RateState
 from libs.common.errors import ErrorCode, PortcullisError
 from libs.common.subjects import INBOX_PREFIX, client_inbox, key_of
+from libs.common.timeouts import within
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +71,7 @@ class Carrier(Protocol):
     service: str
     clock: Clock
 
-    async def forward(self, forward: Forward, origin: str | None, context: RequestContext) -> None: ...
+    async def forward(self, forward: Forward, origin: str | None, context: RequestContext) -> Handed | None: ...
 
     async def answer(self, origin: str | None, answer: Answer, context: RequestContext) -> None: ...
 
@@ -92,13 +93,20 @@ def _meter(subject: str, queue_group: str, limit: int, tasks: set[asyncio.Task[N
 
 
 class Handed(msgspec.Struct, frozen=True, gc=False):
-    """A message of a service of the same process, as it is; `context` as the stage that gets it sees it."""
+    """A message for a stage of the same process, as it is; `context` as that stage sees it."""
 
+    stage: Stage[Any]
     body: Message
     context: RequestContext
 
 
 Come = Msg | Handed
+
+
+async def follow(handed: Handed | None, origin: str | None) -> None:
+    """See a request through the stages of this process, one after the other, in the task that calls. Raises nothing."""
+    while handed is not None:
+        handed = await handed.stage.take(handed, origin)
 
 
 class Stage(Generic[T]):
@@ -127,23 +135,31 @@ class Stage(Generic[T]):
 
     async def accept(self, msg: Msg) -> None:
         """Start a task for a message, or refuse it at once when the stage is full."""
-        await self._accept(msg, self._origin(msg))
-
-    async def take(self, body: Message, context: RequestContext, origin: str | None) -> None:
-        """As `accept`, from a service of the same process. `body` is of this stage's kind."""
-        await self._accept(Handed(body, context.as_attempt(origin)), origin)
-
-    async def _accept(self, msg: Come, origin: str | None) -> None:
+        origin = self._origin(msg)
         if len(self.tasks) >= self._max_in_flight:
-            self.meter.count(ErrorCode.OVERLOADED, None)
-            contextvars.copy_context().run(self._trace_refusal, msg, origin)
-            await self._bus.reply_error(origin, PortcullisError(ErrorCode.OVERLOADED, internal=f"{self.subject} is full"))
-            return
-        task = asyncio.get_running_loop().create_task(self._run(msg, origin))
-        self.tasks.add(task)
-        task.add_done_callback(self.tasks.discard)
+            await self._refuse(msg, origin)
+        else:
+            self.tasks.add(asyncio.get_running_loop().create_task(self._work(msg, origin)))
 
-    async def _run(self, msg: Come, origin: str | None) -> None:
+    async def take(self, handed: Handed, origin: str | None) -> Handed | None:
+        """As `accept`, from a service of the same process and in the task that calls. What is to be handed on, if anything."""
+        if len(self.tasks) >= self._max_in_flight:
+            await self._refuse(handed, origin)
+            return None
+        return await self._run(handed, origin)
+
+    async def _work(self, msg: Msg, origin: str | None) -> None:
+        await follow(await self._run(msg, origin), origin)
+
+    async def _refuse(self, come: Come, origin: str | None) -> None:
+        self.meter.count(ErrorCode.OVERLOADED, None)
+        contextvars.copy_context().run(self._trace_refusal, come, origin)
+        await self._bus.reply_error(origin, PortcullisError(ErrorCode.OVERLOADED, internal=f"{self.subject} is full"))
+
+    async def _run(self, come: Come, origin: str | None) -> Handed | None:
+        task = asyncio.current_task()
+        assert task is not None
+        self.tasks.add(task)
         started = time.perf_counter_ns()
         context: RequestContext | None = None
         rate: RateState | None = None
@@ -151,30 +167,33 @@ class Stage(Generic[T]):
         span = tracing.NO_SPAN
         tracing.serve(self._bus.service)
         try:
-            context = self._context(msg, origin)
+            context = self._context(come, origin)
             telemetry.request_id_var.set(context.request_id)
-            if span := self._begin(msg, context):
+            if span := self._begin(come, context):
                 context = context.within(span.traceparent)
             tracing.enter(context.traceparent, span or None)
             remaining = context.remaining_seconds(self._bus.clock)
             if remaining <= 0:
                 outcome_name = meter.EXPIRED
-                return
-            body = self._body(msg)
+                return None
+            body = self._body(come)
             rate = getattr(body, "rate", None)
             # Work that outlives its deadline is cancelled: the caller has been told, and will not read it.
-            async with asyncio.timeout(remaining):
-                outcome = await self._handle(msg, body, context)
+            with within(remaining):
+                outcome = await self._handle(come, body, context)
             spent = msgspec.structs.replace(
                 context,
                 timings={**context.timings, self._bus.service: round((time.perf_counter_ns() - started) / 1e6, 3)},
             )
             if isinstance(outcome, Forward):
-                await self._bus.forward(outcome, origin, spent)
-            elif isinstance(outcome, Answer):
+                return await self._bus.forward(outcome, origin, spent)
+            if isinstance(outcome, Answer):
                 await self._bus.answer(origin, outcome, spent)
         except TimeoutError:
             outcome_name = meter.EXPIRED
+        except asyncio.CancelledError:
+            outcome_name = meter.EXPIRED  # whoever asked has given up
+            raise
         except PortcullisError as error:
             outcome_name = error.code
             if error.internal:
@@ -186,32 +205,34 @@ class Stage(Generic[T]):
             log.exception("%s failed", self.subject)
             await self._bus.reply_error(origin, PortcullisError(ErrorCode.INTERNAL), context, rate)
         finally:
+            self.tasks.discard(task)
             if span and context is not None:
                 hops.handled(span, context, outcome_name)
             # After the span's end, which may be what a trace is kept for: the exemplar knows.
             self.meter.count(outcome_name, time.perf_counter_ns() - started)
+        return None
 
     def _begin(self, _: Come, context: RequestContext) -> tracing.Span:
         return tracing.begin(self._span_name, tracing.CONSUMER, context.traceparent, self._span_attributes)
 
-    def _trace_refusal(self, msg: Come, origin: str | None) -> None:
+    def _trace_refusal(self, come: Come, origin: str | None) -> None:
         tracing.serve(self._bus.service)
         if tracing.recorder() is not None:
             with contextlib.suppress(PortcullisError):
-                context = self._context(msg, origin)
-                hops.handled(self._begin(msg, context), context, ErrorCode.OVERLOADED)
+                context = self._context(come, origin)
+                hops.handled(self._begin(come, context), context, ErrorCode.OVERLOADED)
 
     def _origin(self, msg: Msg) -> str | None:
         return origin_of(msg.reply)
 
-    def _context(self, msg: Come, origin: str | None) -> RequestContext:
-        return msg.context if isinstance(msg, Handed) else from_headers(msg.headers or {}, self._bus.clock, origin)
+    def _context(self, come: Come, origin: str | None) -> RequestContext:
+        return come.context if isinstance(come, Handed) else from_headers(come.headers or {}, self._bus.clock, origin)
 
     async def _handle(self, _: Come, body: T, context: RequestContext) -> Outcome:
         return await self._handler(body, context)
 
-    def _body(self, msg: Come) -> T:
-        return cast("T", msg.body) if isinstance(msg, Handed) else self._read(msg.data)
+    def _body(self, come: Come) -> T:
+        return cast("T", come.body) if isinstance(come, Handed) else self._read(come.data)
 
     def _read(self, data: bytes) -> T:
         try:

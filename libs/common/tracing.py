@@ -18,7 +18,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from types import TracebackType
 from typing import Final, Protocol
@@ -417,6 +418,18 @@ def serve(service: str) -> None:
 def service() -> str:
     """The service that this task works for; "" where nobody has said so."""
     return _service.get()
+
+
+@contextmanager
+def aside() -> Iterator[None]:
+    """In the block the task may work for others, and after it for whom it did before."""
+    before = _here.get(), _hop.get(), _service.get()
+    try:
+        yield
+    finally:
+        _here.set(before[0])
+        _hop.set(before[1])
+        _service.set(before[2])
 
 
 def here() -> str:

@@ -54,7 +54,34 @@ class _PlainRoute(APIRoute):
 
 
 class _App(FastAPI):
-    """FastAPI without the layers that have nothing to do here: the gate is where bugs end, and `Bodies` bounds what is read."""
+    """FastAPI without the layers that have nothing to do here: the gate is where bugs end, and `Bodies` bounds what is read.
+
+    A call whose path is the same for everybody goes to its function at once. All others, and all where middleware was added, are
+    looked for among the routes.
+    """
+
+    _fixed: dict[tuple[str, str], _PlainRoute] | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self._fixed is None:
+            self._fixed = self._fixed_routes()
+        route = self._fixed.get((scope["method"], scope["path"])) if scope["type"] == "http" else None
+        if route is None:
+            await super().__call__(scope, receive, send)
+            return
+        scope["app"], scope["route"] = self, route
+        request = Request(scope, receive, send)
+        try:
+            response = await route.endpoint(request)
+        except (PortcullisError, Refused) as error:
+            response = await refused(request, error)
+        except ClientDisconnect as error:
+            response = await _gone(request, error)
+        await response(scope, receive, send)
+
+    def _fixed_routes(self) -> dict[tuple[str, str], _PlainRoute]:
+        routes = [route for route in self.routes if isinstance(route, _PlainRoute) and not route.param_convertors]
+        return {} if self.user_middleware else {(method, route.path): route for route in routes for method in route.methods or ()}
 
     def build_middleware_stack(self) -> ASGIApp:
         app: ASGIApp = ExceptionMiddleware(self.router, handlers=self.exception_handlers)

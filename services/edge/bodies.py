@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -11,6 +10,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive
 
 from libs.common.errors import ErrorCode, PortcullisError
+from libs.common.timeouts import within
 from services.edge import core
 from services.edge.metrics import Shed, shed
 
@@ -39,7 +39,7 @@ class Bodies:
         timeout_seconds = min(remaining_seconds, self._timeout_seconds)
         try:
             try:
-                async with asyncio.timeout(timeout_seconds):
+                with within(timeout_seconds):
                     while await self._append(body, receive):
                         pass
             except TimeoutError:

@@ -7,6 +7,7 @@ beginning, stamps every answer, counts it, and is the one place where an unexpec
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import re
 from collections import Counter as Count
@@ -14,6 +15,7 @@ from collections.abc import MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
+from prometheus_client import Counter, Histogram
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -77,6 +79,7 @@ class Gate:
         self._allowed_hosts = settings.allowed_host_names
         self._max_header_bytes = settings.max_header_bytes
         self._max_in_flight = settings.edge_max_in_flight
+        IN_FLIGHT.set_function(lambda: self.in_flight)
         IN_FLIGHT_LIMIT.set(self._max_in_flight)
         self.meters = CallMeters(lambda: self.in_flight)
 
@@ -118,7 +121,6 @@ class Gate:
         refusal = self._refusal(scope, headers, counted)
         if counted:
             self.in_flight += 1
-            IN_FLIGHT.inc()
         try:
             if refusal is not None:
                 await problems.respond(refusal, call.request_id)(scope, receive, stamped)
@@ -132,14 +134,14 @@ class Gate:
         finally:
             if counted:
                 self.in_flight -= 1
-                IN_FLIGHT.dec()
             route = _route(scope)
             method = scope["method"] if scope["method"] in _METHODS else "other"
             if span:
                 _end(span, call, method, route, status)
-            REQUESTS.labels(method, route, status).inc()
+            requests, durations = _series(method, route, status)
+            requests.inc()
             spent_seconds = self._clock.monotonic() - arrived
-            DURATION.labels(route, status_class(status)).observe(spent_seconds, telemetry.exemplar())
+            durations.observe(spent_seconds, telemetry.exemplar())
             if counted:
                 self.meters.count(route, status, spent_seconds)
 
@@ -175,6 +177,12 @@ def _sane(value: bytes | None, pattern: re.Pattern[str]) -> str | None:
         return None
     text = value.decode("latin-1")
     return text if pattern.fullmatch(text) else None
+
+
+@functools.cache
+def _series(method: str, route: str, status: int) -> tuple[Counter, Histogram]:
+    """`labels()` costs more than the counting, and there are few of these."""
+    return REQUESTS.labels(method, route, status), DURATION.labels(route, status_class(status))
 
 
 def _route(scope: Scope) -> str:

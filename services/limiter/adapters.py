@@ -41,8 +41,11 @@ TIMEOUT_SECONDS = 0.1
 TIMEOUT_SLICES = 4
 SENTINEL_SECONDS = TIMEOUT_SECONDS / 4
 """How long one sentinel may take to say where the primary is: there is time to ask the next ones when it does not answer."""
+
 MAX_CONNECTIONS = 4
 MAX_BATCH = 64
+
+_CONNECTIONS = telemetry.CONNECTIONS.labels("redis")
 
 _SCRIPT_CALL: tracing.Attributes = (
     ("db.system.name", "redis"),
@@ -146,9 +149,8 @@ async def within_the_timeout(call: Awaitable[Any]) -> Any:
             deadline.reschedule(loop.time())
 
     timer = loop.call_later(TIMEOUT_SECONDS / TIMEOUT_SLICES, slice_over, TIMEOUT_SLICES - 1)
-    connections = telemetry.CONNECTIONS.labels("redis")
     try:
-        with connections.track_inprogress(), REDIS_DURATION.time():
+        with _CONNECTIONS.track_inprogress(), REDIS_DURATION.time():
             async with asyncio.timeout(None) as deadline:
                 return await call
     except (RedisError, OSError, TimeoutError) as error:

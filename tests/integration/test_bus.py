@@ -52,6 +52,17 @@ def make_bus(nats_server: Server, nats_passwords: dict[str, str], request: pytes
     return make
 
 
+@pytest.fixture
+def make_apart(nats_server: Server, nats_passwords: dict[str, str]) -> MakeBus:
+    """Of services in processes of their own: each can die by itself."""
+
+    def make(service: str) -> Bus:
+        password = SecretStr(nats_passwords[service])
+        return Bus(service, CommonSettings(nats_url=nats_server.url, nats_user=service, nats_password=password))
+
+    return make
+
+
 @asynccontextmanager
 async def started(*buses: Bus) -> AsyncIterator[None]:
     async with AsyncExitStack() as stack:
@@ -238,8 +249,8 @@ class HourSlow(SystemClock):
         return super().now() - 3600
 
 
-async def test_what_a_dead_stage_had_in_hand_is_sent_again(make_bus: MakeBus) -> None:
-    edge, first, second = make_bus("edge"), make_bus("auth"), make_bus("auth")
+async def test_what_a_dead_stage_had_in_hand_is_sent_again(make_apart: MakeBus) -> None:
+    edge, first, second = make_apart("edge"), make_apart("auth"), make_apart("auth")
     taken: asyncio.Queue[str] = asyncio.Queue()
     left: list[float] = []
 
@@ -359,7 +370,8 @@ async def test_a_drain_comes_to_an_end_at_whatever_step_of_losing_the_server(
 ) -> None:
     # nats-py's close() cancels its attempt to reconnect, and with it, for one turn of the loop, what it waits for itself.
     server = servers.nats(tmp_path, free_port(), nats_passwords)
-    bus = Bus("edge", CommonSettings(nats_url=server.url, nats_user="edge", nats_password=SecretStr(nats_passwords["edge"])))
+    bus = Bus("auth", CommonSettings(nats_url=server.url, nats_user="auth", nats_password=SecretStr(nats_passwords["auth"])))
+    bus.stage(subjects.DETECT_REQUEST, Ping, forward_to_limiter)
     with running(server):
         await bus.connect()
         await bus.start()

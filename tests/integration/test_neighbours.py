@@ -19,15 +19,16 @@ from nats.aio.msg import Msg
 from pydantic import SecretStr
 
 from infra.embedded.servers import Server
-from libs.common import subjects
-from libs.common.bus import Bus
+from libs.common import subjects, tracing
+from libs.common.bus import RESEND_GRACE_SECONDS, Bus
 from libs.common.clock import SystemClock
 from libs.common.context import RequestContext
 from libs.common.contracts import Message, raw
 from libs.common.errors import ErrorCode, PortcullisError
 from libs.common.neighbours import Neighbours
 from libs.common.settings import CommonSettings
-from libs.common.stages import Answer, Forward
+from libs.common.stages import Answer, Forward, Stage
+from libs.common.tracing import PerSecond, Recorder
 from tests.conftest import OPERATOR
 from tests.integration.test_bus import started
 
@@ -103,6 +104,33 @@ async def test_what_neighbours_tell_each_other_does_not_leave_the_process(house:
     assert first is message
     assert (one.request_id, one.traceparent, one.deadline_ms) == (asked.request_id, asked.traceparent, asked.deadline_ms)
     assert one.attempt_of != two.attempt_of  # two requests, whatever their callers call them
+
+
+async def test_who_asks_works_for_the_same_afterwards(house: House) -> None:
+    edge, auth = house.bus("edge"), house.bus("auth")
+    recorder = Recorder(PerSecond(0, SystemClock()), slow_ms=1000, ring_spans=64)
+
+    async def answer(message: Ping, _: RequestContext) -> Answer:
+        tracing.annotate("whose", "auth's")
+        return Answer(message)
+
+    auth.stage(subjects.DETECT_REQUEST, Ping, answer)
+    async with started(edge, auth):
+        tracing.use(recorder)
+        try:
+            tracing.serve("edge")
+            with tracing.root("asking", tracing.SERVER) as span:
+                tracing.enter(span.traceparent, span)
+                asked = RequestContext.lasting(20.0, SystemClock(), traceparent=span.traceparent)
+                await edge.request(subjects.DETECT_REQUEST, Ping(), asked)
+                assert (tracing.here(), tracing.service()) == (span.traceparent, "edge")
+                tracing.annotate("whose", "the edge's")
+            recorder.keep((span.traceparent[3:35],))
+            spans = {span[3]: dict(span[8]) for span in recorder.take(64)}
+        finally:
+            tracing.use(None)
+    assert spans["asking"] == {"whose": "the edge's"}
+    assert spans["process detect.v1.request"]["whose"] == "auth's"
 
 
 async def test_what_comes_from_elsewhere_is_taken_and_answered_there(house: House) -> None:
@@ -182,13 +210,17 @@ async def test_without_a_connection_nobody_is_asked(house: House) -> None:
     assert asked == []
 
 
-async def test_who_has_given_up_is_not_told(house: House) -> None:
+async def test_who_gives_up_takes_the_work_along(house: House) -> None:
     edge, auth = house.bus("edge"), house.bus("auth")
-    begun, release = asyncio.Event(), asyncio.Event()
+    begun, ended = asyncio.Event(), asyncio.Event()
 
     async def wait(message: Ping, _: RequestContext) -> Answer:
-        begun.set()
-        await release.wait()
+        if message.value:
+            begun.set()
+            try:
+                await asyncio.Event().wait()
+            finally:
+                ended.set()
         return Answer(message)
 
     auth.stage(subjects.DETECT_REQUEST, Ping, wait)
@@ -198,9 +230,73 @@ async def test_who_has_given_up_is_not_told(house: House) -> None:
         await begun.wait()
         asked.cancel()
         await asyncio.wait({asked})
-        release.set()
-        assert (await edge.request(subjects.DETECT_REQUEST, Ping(value=2), context())).reply.result == raw(Ping(value=2))
+        assert ended.is_set()
+        assert (await edge.request(subjects.DETECT_REQUEST, Ping(), context())).reply.result == raw(Ping())
+        with pytest.raises(PortcullisError) as caught:
+            await edge.request(subjects.DETECT_REQUEST, Ping(value=1), context(0.1))
+        assert caught.value.code == ErrorCode.DEADLINE_EXCEEDED
         assert await house.crossed() == []
+        (stage,) = auth._stages
+        assert isinstance(stage, Stage)
+        assert stage.tasks == set()
+
+
+async def test_an_answer_that_comes_after_all_is_told_to_nobody(house: House) -> None:
+    """Of a stage elsewhere: its request has been given up, and the answer reaches a neighbour that passes it on."""
+    edge, limiter, auth = house.bus("edge"), house.bus("limiter"), house.bus("auth", Neighbours())
+    begun, release, done = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    async def wait(message: Ping, _: RequestContext) -> Forward:
+        begun.set()
+        await release.wait()
+        return Forward(subjects.DETECT_AUTHENTICATED, message)
+
+    async def answer(message: Ping, _: RequestContext) -> Answer:
+        done.set()
+        return Answer(message)
+
+    auth.stage(subjects.DETECT_REQUEST, Ping, wait)
+    limiter.stage(subjects.DETECT_AUTHENTICATED, Ping, answer)
+    async with started(edge, auth, limiter):
+        await house.overhear(f"{edge._inbox}.>")
+        asked = asyncio.create_task(edge.request(subjects.DETECT_REQUEST, Ping(value=1), context()))
+        await begun.wait()
+        asked.cancel()
+        await asyncio.wait({asked})
+        release.set()
+        await done.wait()
+        assert await house.crossed() == [subjects.DETECT_REQUEST, subjects.DETECT_AUTHENTICATED]
+
+
+async def test_what_a_neighbour_without_a_connection_has_in_hand_is_not_sent_again(house: House) -> None:
+    edge, auth = house.bus("edge"), house.bus("auth")
+    taken: list[Ping] = []
+    release = asyncio.Event()
+
+    async def wait(message: Ping, _: RequestContext) -> Answer:
+        taken.append(message)
+        await release.wait()
+        return Answer(message)
+
+    auth.stage(subjects.DETECT_REQUEST, Ping, wait)
+    async with started(edge, auth):
+        gone = asyncio.Event()
+
+        async def note(_: Msg) -> None:
+            gone.set()
+
+        asked = asyncio.create_task(edge.request(subjects.DETECT_REQUEST, Ping(value=1), context(), idempotent=True))
+        await edge.connection.subscribe(subjects.CLIENT_DISCONNECTED, cb=note)
+        await edge.connection.flush()
+        transport = auth.connection._transport
+        assert transport is not None
+        transport.close()  # type: ignore[no-untyped-call]  # as when the network takes it
+        await gone.wait()
+        await asyncio.sleep(2 * RESEND_GRACE_SECONDS)
+        release.set()
+        assert (await asked).reply.result == raw(Ping(value=1))
+        assert await house.crossed() == []
+    assert taken == [Ping(value=1)]
 
 
 @pytest.mark.parametrize(
