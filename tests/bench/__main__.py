@@ -58,7 +58,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--seconds", type=float, default=3.0, help="of each stretch of load (default: 3)")
     parser.add_argument("--repeats", type=int, default=3, help="of each (default: 3)")
     parser.add_argument("--levels", type=int, nargs="+", default=[], help="callers at a time, for overhead and model")
-    parser.add_argument("--together", action="store_true", help="the stages share the edge's process, as of ./run up --together")
+    parser.add_argument("--together", action="store_true", help="the stages share processes, one for each processor")
     parser.add_argument("--out", type=Path, help="where JSON, PNG and HTML go (default: .portcullis/bench)")
     chosen = parser.parse_args(arguments)
     parts = [name for part in chosen.parts or PARTS for name in (SCALE if part == "scale" else (part,))]
@@ -79,7 +79,7 @@ def main(arguments: list[str]) -> int:
             continue
         if chosen.together:
             report.part += "-together"
-            report.title += "; the stages in one process"
+            report.title += "; the stages together in each of some processes"
         report.show(console)
         written = report.save(chosen.out or default_folder())
         console.print(f"written: {', '.join(os.path.relpath(path) for path in written)}", soft_wrap=True)

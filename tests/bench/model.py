@@ -1,9 +1,9 @@
 """`./run bench model`: the shipped model on a mix of lengths, next to onnxruntime alone and to LitServe with the same model.
 
 onnxruntime alone is the limit: the same texts, prepared beforehand, on as many threads as there are processors, and no load
-generator beside it. LitServe serves the same file with its batching on, one worker of one thread for each processor, with the
-same normaliser, tokenizer and windows; it checks no key and no limit. It is installed into an environment of its own when it is
-missing.
+generator beside it. Whatever is not measured is stopped meanwhile: LitServe uses a quarter of a processor while it waits. It
+serves the same file with its batching on, one worker of one thread for each processor, with the same normaliser, tokenizer and
+windows; it checks no key and no limit. It is installed into an environment of its own when it is missing.
 """
 
 from __future__ import annotations
@@ -94,8 +94,8 @@ async def _measure(options: Options, stack: Stack, other: Served) -> Report:
 
     async with (
         key_of(stack) as key,
-        loaded(LITSERVE, other.port, lambda: {"LitServe": other.cpu()}, supply, path="/predict") as lit,
-        loaded(PORTCULLIS, stack.port, stack.cpu, supply, [key]) as ours,
+        loaded(LITSERVE, other.port, lambda: {"LitServe": other.cpu()}, supply, path="/predict", pids=lambda: [other.pid]) as lit,
+        loaded(PORTCULLIS, stack.port, stack.cpu, supply, [key], pids=stack.pids) as ours,
     ):
         systems = [lit, ours]
         levels = options.levels or LEVELS

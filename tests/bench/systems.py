@@ -21,6 +21,7 @@ import psutil
 
 from infra.embedded.control import Supervisor
 from infra.embedded.home import ROOT, Home, free_port
+from services.fallback_model import processors
 from tests.bench import generator
 from tests.bench.figures import Stretch
 from tests.bench.generator import Load, Work
@@ -34,13 +35,30 @@ Cpu = Callable[[], dict[str, float]]
 """Seconds of processor time that have been used so far, by stage."""
 
 
+Pids = Callable[[], list[int]]
+"""Its processes, without their children."""
+
+
 @dataclass(slots=True)
 class System:
-    """One that answers requests, with the load that it is given."""
+    """One that answers requests, with the load that it is given. `pids`: what may be stopped while others are measured."""
 
     name: str
     load: Load
     cpu: Cpu
+    pids: Pids = list
+
+    @contextmanager
+    def at_rest(self) -> Iterator[None]:
+        """In the block it uses no processor time: some are busy while they wait, and would take it from whoever is measured."""
+        family = family_of(self.pids())
+        for process in family:
+            process.suspend()
+        try:
+            yield
+        finally:
+            for process in family:
+                process.resume()
 
     async def measure(self, work: Work) -> Stretch:
         """What this run came to."""
@@ -74,10 +92,23 @@ class Stack:
             spent[name] = spent.get(name, 0.0) + seconds_of(state.pid)
         return spent
 
+    def pids(self) -> list[int]:
+        return [state.pid for state in Supervisor(self.home).processes() if state.pid]
+
     def setting(self, variable: str) -> str:
         """What the service that knows it was started with."""
         environments = (json.loads(path.read_text()) for path in self.home.environments.iterdir())
         return next(str(environment[variable]) for environment in environments if variable in environment)
+
+
+def family_of(pids: Sequence[int]) -> list[psutil.Process]:
+    """These processes and all below them."""
+    found: list[psutil.Process] = []
+    for pid in pids:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process = psutil.Process(pid)
+            found += [process, *process.children(recursive=True)]
+    return found
 
 
 def seconds_of(pid: int) -> float:
@@ -101,7 +132,7 @@ def portcullis(
 ) -> Iterator[Stack]:
     """A stack in a home of its own, with nothing of the caller's settings. Raises `BenchError`.
 
-    `together`: its stages share the edge's process. `root`, `python`: of another checkout.
+    `together`: its stages share processes, of which there is one for each processor. `root`, `python`: of another checkout.
     """
     with tempfile.TemporaryDirectory(prefix="pc-bench-") as folder:
         port = free_port()
@@ -116,7 +147,7 @@ def portcullis(
                 raise BenchError(f"{arguments[0]}: {(done.stdout + done.stderr).decode()[-500:]}")
 
         try:
-            layout = ["--together"] if together else []
+            layout = ["--together", f"--scale=edge={processors.usable()}"] if together else []
             run("up", "--detach", *layout, *(f"--scale={name}={count}" for name, count in (scale or {}).items()))
             yield Stack(Home(Path(folder)), port)
         finally:
@@ -150,13 +181,12 @@ def _listens(port: int) -> bool:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    with contextlib.suppress(psutil.NoSuchProcess):
-        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-        process.terminate()
-        _, left = psutil.wait_procs(family, timeout=10)
-        for each in left:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                each.kill()
+    family = family_of([process.pid])
+    process.terminate()
+    _, left = psutil.wait_procs(family, timeout=10)
+    for each in left:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            each.kill()
     process.wait()
 
 
@@ -212,8 +242,8 @@ def requests(port: int, supply: list[str], keys: Sequence[str] = (), path: str =
 
 @asynccontextmanager
 async def loaded(
-    name: str, port: int, cpu: Cpu, supply: list[str], keys: Sequence[str] = (), path: str = "/v1/detect"
+    name: str, port: int, cpu: Cpu, supply: list[str], keys: Sequence[str] = (), path: str = "/v1/detect", pids: Pids = list
 ) -> AsyncIterator[System]:
     """A system under load that asks about these texts."""
     async with generator.loading(port, requests(port, supply, keys, path)) as load:
-        yield System(name, load, cpu)
+        yield System(name, load, cpu, pids)

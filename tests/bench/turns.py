@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack, ExitStack, contextmanager
 from dataclasses import dataclass
 
 from tests.bench.figures import Stretch, arrivals
@@ -17,7 +17,7 @@ WARM_UP_SECONDS = 0.5
 @dataclass(frozen=True, slots=True)
 class Options:
     """`seconds` of each stretch, `repeats` of each; `levels`: callers at a time, empty for those of the part; `together`: the
-    stages share the edge's process."""
+    stages share processes."""
 
     seconds: float = 3.0
     repeats: int = 3
@@ -48,17 +48,27 @@ async def in_turn(
 ) -> dict[str, list[Stretch]]:
     """What each system's `work` came to, `repeats` times, by its name; each time after a warm-up that does not count.
 
-    `each_round`: what else is measured in every round, before them.
+    Those whose turn it is not are at rest. `each_round`: what else is measured in every round, before them, while all are.
     """
     found: dict[str, list[Stretch]] = {system.name: [] for system in systems}
     for number in range(repeats):
         if each_round is not None:
-            await each_round()
+            with _at_rest(systems):
+                await each_round()
         for at in rotated(len(systems), number):
             system = systems[at]
-            await warm_up(system.load)
-            found[system.name].append(await system.measure(work[system.name]))
+            with _at_rest([other for other in systems if other is not system]):
+                await warm_up(system.load)
+                found[system.name].append(await system.measure(work[system.name]))
     return found
+
+
+@contextmanager
+def _at_rest(systems: Sequence[System]) -> Iterator[None]:
+    with ExitStack() as resting:
+        for system in systems:
+            resting.enter_context(system.at_rest())
+        yield
 
 
 async def side_by_side(stacks: Mapping[str, Stack], callers: int, seconds: float, repeats: int) -> dict[str, list[Stretch]]:

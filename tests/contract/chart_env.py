@@ -32,6 +32,7 @@ OWN = {
 }
 NEVER = {
     "PORTCULLIS_EDGE_SOCKET_FD": "nothing hands a socket on to a container",
+    "PORTCULLIS_NATS_PASSWORDS": "each container holds one service, which has a Secret of its own",
     "PORTCULLIS_CONSOLE_OPEN": "the console listens beyond loopback here, which goes with the admin token only",
 }
 """What makes no sense in a container, and why."""
@@ -48,7 +49,7 @@ def set_by_the_chart(service: str) -> set[str]:
 
 def free() -> dict[str, list[str]]:
     """What `env` of the values may set, and `services.<name>.env`."""
-    found = {"env": variables(CommonSettings) - EVERY_SERVICE}
+    found = {"env": variables(CommonSettings) - EVERY_SERVICE - NEVER.keys()}
     for service in SERVICES:
         found[f"env_{service}"] = variables(own(SOURCES[service])) - set_by_the_chart(service) - NEVER.keys()
     return {name: sorted(names) for name, names in found.items()}

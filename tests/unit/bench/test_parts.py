@@ -8,11 +8,13 @@ import sys
 import threading
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from infra.embedded.home import ROOT
+from tests.bench import __main__ as bench
 from tests.bench import overhead, scale, turns
 from tests.bench.report import CPU, RATE
 from tests.bench.stub import Stub
@@ -60,8 +62,10 @@ def started(monkeypatch: pytest.MonkeyPatch, port: int) -> list[tuple[dict[str, 
     stacks: list[tuple[dict[str, str], dict[str, int]]] = []
 
     @contextmanager
-    def stack(environment: Mapping[str, str], replicas: Mapping[str, int] | None = None) -> Iterator[FakeStack]:
-        stacks.append((dict(environment), dict(replicas or {})))
+    def stack(
+        environment: Mapping[str, str], replicas: Mapping[str, int] | None = None, *, together: bool = False
+    ) -> Iterator[FakeStack]:
+        stacks.append((dict(environment), dict(replicas or {}) | ({"together": 1} if together else {})))
         yield FakeStack(port)
 
     @contextmanager
@@ -116,6 +120,23 @@ def test_overhead_has_each_system_in_each_setting_and_its_bars(started: list[Any
     assert sum(row.setting.startswith("open, ") for row in report.rows) == 7
     assert all(len(row.values[RATE]) == 2 for row in report.rows)
     assert len(report.bars) == 7
+
+
+def test_a_part_can_be_measured_of_stages_that_share_processes(
+    started: list[tuple[dict[str, str], dict[str, int]]],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(scale, "CONNECTIONS", (16, 40))
+    arguments = ["connections", "--together", "--seconds", "0.03", "--repeats", "1", "--out", str(tmp_path)]
+    assert bench.main(arguments) == 0
+    assert [layout for _, layout in started] == [{"together": 1}]
+    assert "the stages together" in capsys.readouterr().out
+    assert (tmp_path / "connections-together.json").exists()
+    with pytest.raises(SystemExit):
+        bench.main(["replicas", "--together"])
+    assert "processes of their own" in capsys.readouterr().err
 
 
 def test_the_benchmark_does_without_what_only_tests_need() -> None:

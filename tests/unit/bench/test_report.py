@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 from pathlib import Path
+from typing import cast
 
 import numpy as np
+import psutil
 import pytest
 from rich.console import Console
 
@@ -18,6 +21,7 @@ from tests.bench.report import CPU, FAILED, RATE, Bar, Report, values_of
 from tests.bench.scale import _key_id, prose
 from tests.bench.systems import System
 from tests.bench.turns import in_turn
+from tests.conftest import wait_until
 
 
 def stretch(rate: float, **cpu: float) -> Stretch:
@@ -94,6 +98,35 @@ async def test_systems_take_turns_and_warm_up_does_not_count() -> None:
     assert said == ["warm a", "measure a", "warm b", "measure b", "warm b", "measure b", "warm a", "measure a"]
     assert [one.answered for one in found["a"]] == [10, 10]
     assert found["a"][0].cpu == {"stage": 100.0}  # a second between two readings, over ten requests
+
+
+async def test_whoever_is_not_measured_is_stopped() -> None:
+    processes = {name: await asyncio.create_subprocess_exec("sleep", "60") for name in ("a", "b")}
+
+    def states() -> dict[str, bool]:
+        """Whether each is stopped."""
+        return {name: psutil.Process(each.pid).status() == psutil.STATUS_STOPPED for name, each in processes.items()}
+
+    async def until(**stopped: bool) -> None:
+        await asyncio.to_thread(wait_until, lambda: states() == stopped, what=str(stopped))  # a signal takes its time
+
+    turns = iter([{"a": False, "b": True}, {"a": False, "b": True}, {"a": True, "b": False}, {"a": True, "b": False}])
+
+    async def run(_: Load) -> Run:
+        await until(**next(turns))
+        done = Run(seconds=1.0)
+        done.latencies.append(1.0)
+        return done
+
+    systems = [System(name, cast(Load, None), dict, lambda pid=each.pid: [pid]) for name, each in processes.items()]  # type: ignore[misc]
+    try:
+        await in_turn(systems, dict.fromkeys(processes, run), 1, run, lambda: until(a=True, b=True))
+        await until(a=False, b=False)
+        assert next(turns, None) is None
+    finally:
+        for each in processes.values():
+            each.kill()
+            await each.wait()
 
 
 def test_batches_hold_at_most_so_many_tokens_with_their_padding() -> None:
