@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 import msgspec
@@ -21,56 +19,14 @@ from libs.common.clock import SystemClock
 from libs.common.context import RequestContext
 from libs.common.contracts import Message
 from libs.common.errors import ErrorCode, PortcullisError
-from libs.common.neighbours import Neighbours
 from libs.common.settings import CommonSettings
 from libs.common.stages import Answer, Forward, origin_of
 from tests.conftest import OPERATOR, free_port, running
-
-MakeBus = Callable[[str], Bus]
-
-
-class Ping(Message, frozen=True):
-    value: int = 0
+from tests.integration.buses import MakeBus, Ping, bus_of, started
 
 
 def context(seconds: float = 5.0) -> RequestContext:
     return RequestContext.lasting(seconds, SystemClock())
-
-
-@pytest.fixture(params=["apart", "together"])
-def make_bus(nats_server: Server, nats_passwords: dict[str, str], request: pytest.FixtureRequest) -> MakeBus:
-    """Of services in processes of their own, or in one and the same."""
-    neighbours = Neighbours() if request.param == "together" else None
-
-    def make(service: str) -> Bus:
-        return Bus(
-            service,
-            CommonSettings(nats_url=nats_server.url, nats_user=service, nats_password=SecretStr(nats_passwords[service])),
-            neighbours=neighbours,
-        )
-
-    return make
-
-
-@pytest.fixture
-def make_apart(nats_server: Server, nats_passwords: dict[str, str]) -> MakeBus:
-    """Of services in processes of their own: each can die by itself."""
-
-    def make(service: str) -> Bus:
-        password = SecretStr(nats_passwords[service])
-        return Bus(service, CommonSettings(nats_url=nats_server.url, nats_user=service, nats_password=password))
-
-    return make
-
-
-@asynccontextmanager
-async def started(*buses: Bus) -> AsyncIterator[None]:
-    async with AsyncExitStack() as stack:
-        for bus in buses:
-            await bus.connect()
-            await bus.start()
-            stack.push_async_callback(bus.drain)
-        yield
 
 
 async def forward_to_limiter(message: Ping, _: RequestContext) -> Forward:
@@ -229,9 +185,7 @@ async def test_a_drain_gives_up_on_what_takes_longer_than_it_may(nats_server: Se
         return Answer(None)
 
     bus.stage(subjects.BREAKERS_RESET_REQUEST, Ping, never)
-    edge = Bus(
-        "edge", CommonSettings(nats_url=nats_server.url, nats_user="edge", nats_password=SecretStr(nats_passwords["edge"]))
-    )
+    edge = bus_of("edge", nats_server, nats_passwords)
     async with started(edge):
         await bus.connect()
         await bus.start()
@@ -370,7 +324,7 @@ async def test_a_drain_comes_to_an_end_at_whatever_step_of_losing_the_server(
 ) -> None:
     # nats-py's close() cancels its attempt to reconnect, and with it, for one turn of the loop, what it waits for itself.
     server = servers.nats(tmp_path, free_port(), nats_passwords)
-    bus = Bus("auth", CommonSettings(nats_url=server.url, nats_user="auth", nats_password=SecretStr(nats_passwords["auth"])))
+    bus = bus_of("auth", server, nats_passwords)
     bus.stage(subjects.DETECT_REQUEST, Ping, forward_to_limiter)
     with running(server):
         await bus.connect()

@@ -8,51 +8,20 @@ import time
 import msgspec
 import nats
 import pytest
-from pydantic import SecretStr
 
 from infra.embedded.servers import Server
 from libs.common import hops, subjects, tracing
-from libs.common.bus import Bus, NoRespondersError
+from libs.common.bus import NoRespondersError
 from libs.common.context import RequestContext, new_request_id
-from libs.common.contracts import Message, TraceKept
+from libs.common.contracts import TraceKept
 from libs.common.errors import ErrorCode, PortcullisError
-from libs.common.neighbours import Neighbours
-from libs.common.settings import CommonSettings
 from libs.common.stages import Answer, Forward
 from libs.common.tracing import Recorded, Recorder
 from tests.conftest import OPERATOR
-from tests.integration.test_bus import MakeBus, started
+from tests.integration.buses import MakeBus, Ping, started
 
 TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
 CALLER = f"00-{TRACE}-00f067aa0ba902b7-"
-
-
-class Ping(Message, frozen=True):
-    value: int = 0
-
-
-@pytest.fixture(params=["apart", "together"])
-def make_bus(nats_server: Server, nats_passwords: dict[str, str], request: pytest.FixtureRequest) -> MakeBus:
-    """Of services in processes of their own, or in one and the same."""
-    neighbours = Neighbours() if request.param == "together" else None
-
-    def make(service: str) -> Bus:
-        password = SecretStr(nats_passwords[service])
-        settings = CommonSettings(nats_url=nats_server.url, nats_user=service, nats_password=password)
-        return Bus(service, settings, neighbours=neighbours)
-
-    return make
-
-
-@pytest.fixture
-def make_apart(nats_server: Server, nats_passwords: dict[str, str]) -> MakeBus:
-    """Of services in processes of their own: each can die by itself."""
-
-    def make(service: str) -> Bus:
-        password = SecretStr(nats_passwords[service])
-        return Bus(service, CommonSettings(nats_url=nats_server.url, nats_user=service, nats_password=password))
-
-    return make
 
 
 def context(seconds: float = 5.0, flag: str = "01") -> RequestContext:

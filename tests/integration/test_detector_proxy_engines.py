@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import trustme
+import uvloop
 
 from libs.common.clock import ManualClock
 from libs.common.context import RequestContext, new_request_id, new_traceparent
@@ -284,6 +285,24 @@ async def test_connections_are_kept_and_cookies_are_not(kind: str) -> None:
             await engine.detect(TEXT, CONTEXT, 5)
         assert server.connections == 1
         assert all("cookie" not in request.headers and "authorization" not in request.headers for request in server.requests)
+
+
+def test_an_engine_that_closes_every_connection_at_once_is_a_failure() -> None:
+    """On the services' own event loop: it decides what becomes of that which is written to a connection that is closing."""
+
+    async def close(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.close()
+
+    async def outcomes() -> set[object]:
+        listening = await asyncio.start_server(close, "127.0.0.1", 0)
+        port = listening.sockets[0].getsockname()[1]
+        async with engine_of("detect", f"http://127.0.0.1:{port}") as engine:
+            calls = [engine.detect(TEXT, CONTEXT, 5) for _ in range(200)]
+            found = await asyncio.gather(*calls, return_exceptions=True)
+        listening.close()
+        return {getattr(outcome, "reason", outcome) for outcome in found}
+
+    assert uvloop.run(outcomes()) == {"unreachable"}
 
 
 async def test_no_proxy_is_taken_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,8 @@ from libs.common.errors import ErrorCode, PortcullisError
 from libs.common.settings import CommonSettings
 from libs.common.stages import Answer
 from tests.conftest import OPERATOR
-from tests.integration.test_bus import Ping, context
+from tests.integration.buses import Ping
+from tests.integration.test_bus import context
 
 SERVICE = "portcullis-auth"
 STAGE = "detect-v1-request"

@@ -16,25 +16,19 @@ import nats
 import pytest
 from nats.aio.client import Client
 from nats.aio.msg import Msg
-from pydantic import SecretStr
 
 from infra.embedded.servers import Server
 from libs.common import subjects, tracing
 from libs.common.bus import RESEND_GRACE_SECONDS, Bus
 from libs.common.clock import SystemClock
 from libs.common.context import RequestContext
-from libs.common.contracts import Message, raw
+from libs.common.contracts import raw
 from libs.common.errors import ErrorCode, PortcullisError
 from libs.common.neighbours import Neighbours
-from libs.common.settings import CommonSettings
 from libs.common.stages import Answer, Forward, Stage
 from libs.common.tracing import PerSecond, Recorder
 from tests.conftest import OPERATOR
-from tests.integration.test_bus import started
-
-
-class Ping(Message, frozen=True):
-    value: int = 0
+from tests.integration.buses import Ping, bus_of, started
 
 
 @dataclass
@@ -48,9 +42,7 @@ class House:
     overheard: list[str] = field(default_factory=list)
 
     def bus(self, service: str, neighbours: Neighbours | None = None) -> Bus:
-        password = SecretStr(self.passwords[service])
-        settings = CommonSettings(nats_url=self.server.url, nats_user=service, nats_password=password)
-        return Bus(service, settings, neighbours=neighbours or self.neighbours)
+        return bus_of(service, self.server, self.passwords, neighbours or self.neighbours)
 
     async def overhear(self, subject: str) -> None:
         async def note(msg: Msg) -> None:

@@ -57,6 +57,8 @@ class Connection(asyncio.Protocol):
         Raises what `check` raises, or `EngineError`: unreachable (no answer), cut_off (not all of it), bad_http, too_large.
         Whoever is cancelled in the middle has closed it.
         """
+        if self._transport.is_closing():  # no sooner made than lost
+            raise EngineError("unreachable")
         self._is_clean = self._is_complete = False
         self._check, self._head_only = check, head_only
         self._received = 0
