@@ -31,7 +31,9 @@ WHOLE = b"%x\r\n" % len(BODY) + BODY + b"\r\n"
 
 def calls() -> float:
     """What the edge has in hand."""
-    return float(IN_FLIGHT._value.get())
+    (family,) = IN_FLIGHT.collect()
+    (sample,) = family.samples
+    return float(sample.value)
 
 
 async def test_a_body_that_looks_like_a_request_is_a_body(fleet: Fleet) -> None:
@@ -128,7 +130,8 @@ async def test_a_long_conversation_is_no_flood(fleet: Fleet) -> None:
 async def test_a_body_that_drips_has_its_time_in_all_and_not_for_each_drop(fleet: Fleet) -> None:
     async with fleet.edge(body_timeout_seconds=0.3) as edge:
         reader, writer = await asyncio.open_connection("127.0.0.1", edge.port)
-        writer.write(POST + b"Connection: close\r\nContent-Length: 100000\r\n\r\n")
+        # Not "Connection: close": a connection that is closed while drops still come is reset, perhaps before its answer is read.
+        writer.write(POST + b"Content-Length: 100000\r\n\r\n")
 
         async def drip() -> None:
             while True:
@@ -136,7 +139,7 @@ async def test_a_body_that_drips_has_its_time_in_all_and_not_for_each_drop(fleet
                 await asyncio.sleep(0.02)
 
         dripping = asyncio.create_task(drip())
-        assert_only_problem(await asyncio.wait_for(reader.read(-1), 10), 400)
+        assert_only_problem(await asyncio.wait_for(reader.readuntil(b"}"), 10), 400)
         dripping.cancel()
         writer.close()
 
