@@ -35,6 +35,7 @@ from services.jobs.adapters import JetStream
 from services.jobs.app import parts
 from services.jobs.settings import Settings
 from tests.conftest import OPERATOR
+from tests.integration.buses import started
 from tests.integration.test_edge import KEYED, RATE, Fleet
 
 KEY_ID = "aaaabbbbcccc"
@@ -163,7 +164,7 @@ async def system(server: Server, passwords: dict[str, str], around: Around | Non
     fleet = Fleet(server, passwords)
     around = around or Around()
     operator = Bus(OPERATOR, settings(fleet, nats_user=OPERATOR, nats_password=passwords[OPERATOR]))
-    async with fleet.started(*around.buses(fleet)), fleet.edge() as edge, fleet.started(operator):
+    async with started(*around.buses(fleet)), fleet.edge() as edge, started(operator):
         stream = JetStream(operator, settings(fleet))
         yield System(fleet, around, edge.client, stream)
 

@@ -32,6 +32,7 @@ from libs.common.stages import Answer, Forward
 from services.edge.app import front
 from services.edge.settings import EdgeSettings
 from tests.conftest import free_port, running
+from tests.integration.buses import started
 
 KEY = keys.generate()
 KEYED = {"X-API-Key": KEY}
@@ -58,19 +59,10 @@ class Fleet:
         return {"nats_url": self.server.url, "nats_user": service, "nats_password": SecretStr(self.passwords[service])}
 
     @asynccontextmanager
-    async def started(self, *buses: Bus) -> AsyncIterator[None]:
-        async with AsyncExitStack() as stack:
-            for bus in buses:
-                await bus.connect()
-                await bus.start()
-                stack.push_async_callback(bus.drain)
-            yield
-
-    @asynccontextmanager
     async def auth(self, detect: Detect = detect_at_once) -> AsyncIterator[Bus]:
         bus = self.bus("auth")
         bus.stage(subjects.DETECT_REQUEST, DetectRequest, detect)
-        async with self.started(bus):
+        async with started(bus):
             yield bus
 
     @asynccontextmanager
@@ -200,7 +192,7 @@ async def test_a_callers_address_is_believed_from_trusted_proxies_only(fleet: Fl
 
     limiter = fleet.bus("limiter")
     limiter.stage(subjects.REGISTER_REQUEST, contracts.RegisterRequest, note)
-    async with fleet.started(limiter):
+    async with started(limiter):
         for trusted in ("", "10.0.0.1", "127.0.0.1"):
             async with fleet.edge(trusted_proxies=trusted) as edge:
                 headers = {"X-Forwarded-For": "203.0.113.9"}
@@ -242,7 +234,7 @@ async def test_breakers_of_two_replicas_are_listed_and_reset(fleet: Fleet) -> No
     auth = fleet.bus("auth")
     auth.stage(subjects.ACCOUNT_PROFILE, contracts.AccountRequest, admit)
     auth.stage(subjects.BREAKERS_RESET_REQUEST, contracts.BreakersResetRequest, forward_reset)
-    async with fleet.started(auth, proxy(), proxy()), fleet.edge() as edge:
+    async with started(auth, proxy(), proxy()), fleet.edge() as edge:
         response = await edge.client.get("/v1/circuit-breakers", headers=KEYED)
         (breaker,) = response.json()["circuit_breakers"]
         assert (breaker["state"], len(breaker["replicas"])) == ("open", 2)
@@ -293,7 +285,7 @@ async def test_health_sees_replicas_come_and_go(fleet: Fleet) -> None:
             replicas: int = (await edge.client.get("/health")).json()["services"]["limiter"]["replicas"]
             return replicas
 
-        async with fleet.started(fleet.bus("limiter"), fleet.bus("limiter")):
+        async with started(fleet.bus("limiter"), fleet.bus("limiter")):
 
             async def both() -> bool:
                 return await limiters() == 2

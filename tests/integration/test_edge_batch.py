@@ -23,6 +23,7 @@ from libs.common.contracts import AdmissionRequest, DetectItems, ItemResult, Ite
 from libs.common.errors import ErrorCode, PortcullisError
 from libs.common.stages import Answer
 from services.edge.metrics import BATCHES
+from tests.integration.buses import started
 from tests.integration.test_edge import KEYED, RATE, VERDICT, Edge, Fleet
 
 LINES = {**KEYED, "Content-Type": "application/x-ndjson"}
@@ -76,7 +77,7 @@ async def running(
     buses = [auth, *([judge.proxy(fleet)] if proxy else [])]
     timeout = aiohttp.ClientTimeout(total=60)
     async with (
-        fleet.started(*buses),
+        started(*buses),
         fleet.edge(**settings) as edge,
         aiohttp.ClientSession(str(edge.client.base_url), timeout=timeout) as session,
     ):
@@ -257,7 +258,7 @@ async def test_a_stage_that_comes_back_costs_no_line(fleet: Fleet) -> None:
         await first.drain()
         gone = judge.texts
         await asyncio.sleep(0.5)
-        async with fleet.started(judge.proxy(fleet)):
+        async with started(judge.proxy(fleet)):
             _, summary = await summary_of(response)
     assert gone < 1000
     assert (summary["total"], summary["failed"], summary["complete"]) == (1000, 0, True)
@@ -287,7 +288,7 @@ async def test_a_full_proxy_is_asked_again_under_the_same_origin(fleet: Fleet) -
     proxy.stage(subjects.BATCH_ITEMS, DetectItems, full_at_first)
     async with (
         running(fleet, judge, proxy=False) as (_, session),
-        fleet.started(proxy),
+        started(proxy),
         session.post("/v1/detect/batch", json=listed(1), headers=KEYED) as response,
     ):
         _, summary = await summary_of(response)

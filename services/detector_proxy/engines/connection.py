@@ -1,7 +1,7 @@
 """One connection to an engine: HTTP/1.1 as httptools reads it, one request at a time, and nothing believed that it says.
 
-A library's client would do, and did: aiohttp's took six times the processor time of this, which was a sixth of all that a
-detection costs (docs/adr/0019-the-engine-is-asked-over-connections-of-our-own.md).
+A library's client would do, and did: aiohttp's took several times the processor time of this, and was the largest part of what
+a detection costs (docs/adr/0019-the-engine-is-asked-over-connections-of-our-own.md).
 """
 
 from __future__ import annotations
