@@ -43,7 +43,7 @@ Trained on 50 902 labelled texts of 42 sources, among them: deepset prompt-injec
 spikee, SPML, in-the-wild jailbreaks, LLMail-Inject, neuralchemy (MIT or Apache-2.0), WildGuardMix (ODC-BY 1.0); benign: Dolly (CC BY-SA
 3.0), UltraChat (MIT), OASST1, XQuAD (CC BY-SA 4.0), CLINC150 (CC BY 3.0), BANKING77, Taskmaster (CC BY 4.0), awesome-chatgpt-prompts
 (CC0-1.0) and software documentation (BSD-3-Clause, Apache-2.0, MIT); and on texts made for this project during training: a grammar of English
-attacks and harmless look-alikes, texts written by hand in English and 27 other languages and translations into 21 of them (`training/texts`),
+attacks and harmless look-alikes, texts written by hand in English and 29 other languages and translations into 21 of them (`training/texts`),
 carriers with and without an attack, small damage and encodings. The encoder was aligned on 370 000 translated sentences of the help and
 the interface of LibreOffice (MPL-2.0), GNOME (CC BY-SA 3.0, GPL-2+) and MediaWiki (GPL-2+), of the Debian Administrator's Handbook (GPL-2+ or
 CC BY-SA 3.0), of the descriptions of Debian's packages and of Element's interface (Apache-2.0). No text is contained in the release. The base model is Apache-2.0; the weights are released under Apache-2.0.

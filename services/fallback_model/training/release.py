@@ -29,7 +29,7 @@ MAX_TOKENS = 256
 OVERLAP = 64
 RANGE_COVERAGE = 0.9999
 """Share of a batch's values that the range of an activation holds: a few are so far out that they would coarsen all others."""
-_MEASURED = 600
+_MEASURED = 1500
 _MEASURED_ROWS = 16
 _LONG_DOCUMENTS = 60
 _COMPARED = 1500

@@ -19,18 +19,18 @@ from services.fallback_model.training.noise import damage, encoded, gibberish
 from services.fallback_model.training.rows import Localiser, SpeltRow, fold_of, spelt
 
 _SHARES: Final = {
-    "real_attack": 0.262,
-    "real_benign": 0.287,
-    "real_mixed": 0.020,
-    "real_in_document": 0.070,
+    "real_attack": 0.220,
+    "real_benign": 0.245,
+    "real_mixed": 0.018,
+    "real_in_document": 0.055,
     "in_carrier": 0.075,
-    "grammar_attack": 0.008,
-    "grammar_harmless": 0.010,
-    "written_english": 0.115,
-    "written_foreign": 0.108,
+    "grammar_attack": 0.012,
+    "grammar_harmless": 0.013,
+    "written_english": 0.180,
+    "written_foreign": 0.135,
     "ordinary": 0.027,
     "own_encoded": 0.010,
-    "optimised": 0.008,
+    "optimised": 0.010,
 }
 """How often each maker (the methods of `Sampler`) is asked."""
 
@@ -270,13 +270,13 @@ class Sampler:
     def _written_english(self) -> list[Sample]:
         rng, lists = self.rng, self.english.lists
         draw = rng.random()
-        if draw < 0.38:
+        if draw < 0.40:
             return [self._attack_of(self.english)]
-        if draw < 0.44:
+        if draw < 0.46:
             return [Sample(damage(rng.choice(lists["tool_calls"]), rng), 0.98, THREATS.index("injection"), 1.0, 0.3)]
         kinds, weights = (
             ("harmless", "security", "assistant_prompts", "passages", "plain", "tool_calls_clean"),
-            (30, 14, 14, 16, 14, 12),
+            (46, 11, 12, 13, 6, 12),
         )
         text = rng.choice(lists[rng.choices(kinds, weights)[0]])
         if rng.random() < 0.12 and len(text) < 300:

@@ -11,7 +11,7 @@ import copy
 import json
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +43,9 @@ class Plan:
     """How long and how hard to train. Lengths are counted in tokens, so they do not hang on the machine.
 
     `places`: tokens of the base's vocabulary that give way to pieces of other languages. `judged`: share of a label that is what
-    the teachers say. `own_fold`: how much more the teacher counts that has not seen the row. `further_tokens`: by labels alone;
-    `further_share`: how far the released weights lie towards what comes out of that. `ngram_tokens`: what the n-grams are fitted
-    on. From a release, only these last parts are done.
+    the teachers say. `own_fold`: how much more the teacher counts that has not seen the row. `further_tokens`: what the finished
+    network is trained on for; `further_share`: how far the released weights lie towards what comes out of that. `ngram_tokens`:
+    what the n-grams are fitted on. From a release, only these last parts are done.
     """
 
     places: int = 9500
@@ -55,6 +55,7 @@ class Plan:
     further_tokens: int = 97_000_000
     further_share: float = 0.4
     ngram_tokens: int = 60_000_000
+    ngram_batch_tokens: int = 12_288
     max_tokens: int = 256
     batch_tokens: int = 24_576
     batch_rows: int = 640
@@ -76,13 +77,13 @@ FROM_RELEASE = Plan(
     align_tokens=0,
     teacher_tokens=0,
     student_tokens=0,
-    further_tokens=10_000_000,
-    batch_tokens=12_288,
-    learning_rate=1.2e-4,
-    head_rate=3e-4,
-    averaging=0.996,
+    further_tokens=40_500_000,
+    further_share=0.5,
+    learning_rate=2e-4,
+    judged=0.4,
 )
-"""For training on from a release: gentler, since what is there is good."""
+"""For training on from a release, which is the teacher for the rows of the data. It knows nothing of what was written since, so
+that there the labels alone count."""
 
 
 @dataclass(frozen=True)
@@ -148,11 +149,12 @@ def _judgement(teachers: Sequence[Detector], batch: Batch, own_fold: float) -> T
         return torch.sigmoid((logits * weight).sum(0) / weight.sum(0)).clone()
 
 
-def _loss(model: Detector, teachers: Sequence[Detector], batch: Batch, plan: Plan) -> Tensor:
+def _loss(model: Detector, part: Part, batch: Batch, plan: Plan) -> Tensor:
     target = batch.target
     with autocast(target.device):
-        if teachers:
-            target = torch.lerp(target, _judgement(teachers, batch, plan.own_fold), plan.judged)
+        if part.teachers:
+            judged = torch.lerp(target, _judgement(part.teachers, batch, plan.own_fold), plan.judged)
+            target = torch.where(batch.fold >= 0, judged, target) if part.only_rows else judged
         logits, threats = model(batch.tokens.ids, batch.tokens.mask)
     binary = functional.binary_cross_entropy_with_logits(logits.float(), target, batch.weight, reduction="mean")
     kinds = functional.binary_cross_entropy_with_logits(threats.float(), batch.threat, reduction="none").sum(1)
@@ -163,7 +165,8 @@ def _loss(model: Detector, teachers: Sequence[Detector], batch: Batch, plan: Pla
 class Part:
     """A part of the training: from what it starts, what it is shown, who judges beside the labels, and for how long.
 
-    `falling`: the learning rate falls from the beginning on, or only over the plan's share of the end.
+    `falling`: the learning rate falls from the beginning on, or only over the plan's share of the end. `only_rows`: the teachers
+    judge rows of the data, and nothing that was made up or written.
     """
 
     name: str
@@ -172,6 +175,7 @@ class Part:
     seed: int
     teachers: Sequence[Detector] = ()
     falling: bool = False
+    only_rows: bool = False
 
 
 def fit(model: Detector, part: Part, tokenizer: Tokenizer, plan: Plan, processes: int) -> Detector:
@@ -189,7 +193,7 @@ def fit(model: Detector, part: Part, tokenizer: Tokenizer, plan: Plan, processes
     model.train()
     ours, theirs = list(average.parameters()), list(model.parameters())
     for batch in _fed(part.sampler, tokenizer, plan, part.seed, processes):
-        step(model, optimizer, _loss(model, part.teachers, batch.to(device), plan), progress, batch.tokens.ids.numel())
+        step(model, optimizer, _loss(model, part, batch.to(device), plan), progress, batch.tokens.ids.numel())
         with torch.no_grad():
             torch._foreach_lerp_(ours, theirs, 1 - min(plan.averaging, 1 - 1 / progress.steps))
         if progress.over:
@@ -268,13 +272,18 @@ def train(
         part = Part("student", sampler, plan.student_tokens, plan.seed, teachers)
         student = finished(part, lambda: _beginner(model))
     if plan.further_tokens:
-        part = Part("further", sampler, plan.further_tokens, plan.seed + 10, falling=True)
+        if start:
+            before = copy.deepcopy(student).eval()
+            part = Part("further", sampler, plan.further_tokens, plan.seed + 12, [before], only_rows=True)
+        else:
+            part = Part("further", sampler, plan.further_tokens, plan.seed + 10, falling=True)
         further = finished(part, lambda: copy.deepcopy(student))
         with torch.no_grad():
             for ours, theirs in zip(student.parameters(), further.parameters(), strict=True):
                 ours.lerp_(theirs, plan.further_share)
         refit_threats(student, sampler.seeded(plan.seed + 20).typed(_TYPED), tokenizer, plan.max_tokens - 2)
-    fed = (batch.to(device) for batch in _fed(sampler, tokenizer, plan, plan.seed + 30, processes))
+    shorter = replace(plan, batch_tokens=plan.ngram_batch_tokens)
+    fed = (batch.to(device) for batch in _fed(sampler, tokenizer, shorter, plan.seed + 30, processes))
     ngrams.fit(student.ngrams, ((batch.tokens, batch.target) for batch in fed), plan.ngram_tokens)
     _save(student, out / "weights.pt")
     check.show("released", student, sets)
