@@ -35,6 +35,8 @@ PARTS: dict[str, Callable[[Options], Report]] = {
     "connections": scale.connections,
 }
 SCALE = ("replicas", "length", "keys", "sizes", "connections")
+LAYOUTS = {"overhead": "stages in processes of their own and together", "replicas": "stages in processes of their own"}
+"""Parts that lay out the stages by themselves."""
 APART: dict[str, Callable[[list[str]], int]] = {
     "compare": compare.main,
     "tracing": tracing.main,
@@ -64,8 +66,9 @@ def main(arguments: list[str]) -> int:
     parts = [name for part in chosen.parts or PARTS for name in (SCALE if part == "scale" else (part,))]
     if unknown := [part for part in parts if part not in PARTS]:
         parser.error(f"there is no part {unknown[0]!r}; there are {', '.join((*PARTS, 'scale', *APART))}")
-    if chosen.together and "replicas" in parts:
-        parser.error("replicas are measured of stages in processes of their own: leave --together out, or name other parts")
+    if chosen.together and (of_its_own := [part for part in parts if part in LAYOUTS]):
+        part = of_its_own[0]
+        parser.error(f"{part} measures {LAYOUTS[part]}: leave --together out, or name other parts")
     options = Options(chosen.seconds, chosen.repeats, tuple(chosen.levels), chosen.together)
     generator.raise_file_limit()
     console = Console(highlight=False, width=max(NARROWEST, Console().width))

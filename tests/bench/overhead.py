@@ -1,12 +1,15 @@
 """`./run bench overhead`: what the gateway costs, with an engine that answers a constant at once.
 
 The same load, on the same processors, in turn on: the engine itself; the same checks written as one FastAPI application, as one
-process and as two; Portcullis. Closed loops tell the throughput of so many callers; open loops the latency at a given rate.
+process and as two; Portcullis with each stage in a process of its own, and with all of them together in one process for each
+processor. Closed loops tell the throughput of so many callers; open loops the latency at a given rate.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AsyncExitStack
+from functools import partial
 
 import uvloop
 
@@ -22,7 +25,8 @@ BUSY = 32
 ENGINE_CALLS = 512
 """At a time: more than there are callers, or some texts would be the fallback's."""
 HALF = 0.5
-ENGINE, ONE, TWO, PORTCULLIS = "engine alone", "FastAPI, 1 process", "FastAPI, 2 processes", "Portcullis"
+ENGINE, ONE, TWO = "engine alone", "FastAPI, 1 process", "FastAPI, 2 processes"
+APART, TOGETHER = "Portcullis", "Portcullis, together"
 
 
 def engine_environment(url: str) -> dict[str, str]:
@@ -37,29 +41,32 @@ def engine_environment(url: str) -> dict[str, str]:
 def run(options: Options) -> Report:
     with (
         engine() as stub,
-        portcullis(engine_environment(stub.url), together=options.together) as stack,
-        monolith(stack, stub.url, 1) as one,
-        monolith(stack, stub.url, 2) as two,
+        portcullis(engine_environment(stub.url)) as apart,
+        portcullis(engine_environment(stub.url), together=True) as together,
+        monolith(apart, stub.url, 1) as one,
+        monolith(apart, stub.url, 2) as two,
     ):
-        return uvloop.run(_measure(options, stub, stack, one, two))
+        return uvloop.run(_measure(options, stub, {APART: apart, TOGETHER: together}, {ONE: one, TWO: two}))
 
 
-async def _measure(options: Options, stub: Served, stack: Stack, one: Served, two: Served) -> Report:
+async def _measure(options: Options, stub: Served, stacks: Mapping[str, Stack], monoliths: Mapping[str, Served]) -> Report:
     report = Report("overhead", "Overhead: an engine that answers at once")
     supply = made(DISTINCT_REQUESTS)
 
     def beside(served: Served) -> dict[str, float]:
-        servers = stack.cpu()
+        servers = stacks[APART].cpu()  # whose PostgreSQL and Redis they use
         return {"gateway": served.cpu(), "postgres": servers["postgres"], "redis": servers["redis"]}
 
-    async with (
-        key_of(stack) as key,
-        loaded(ENGINE, stub.port, lambda: {"engine": stub.cpu()}, supply) as direct,
-        loaded(ONE, one.port, lambda: beside(one), supply, [key]) as single,
-        loaded(TWO, two.port, lambda: beside(two), supply, [key]) as double,
-        loaded(PORTCULLIS, stack.port, stack.cpu, supply, [key]) as ours,
-    ):
-        systems = [direct, single, double, ours]
+    async with AsyncExitStack() as entered:
+        keys = {name: await entered.enter_async_context(key_of(stack)) for name, stack in stacks.items()}
+        systems = [
+            await entered.enter_async_context(system)
+            for system in (
+                loaded(ENGINE, stub.port, lambda: {"engine": stub.cpu()}, supply),
+                *(loaded(name, one.port, partial(beside, one), supply, [keys[APART]]) for name, one in monoliths.items()),
+                *(loaded(name, stack.port, stack.cpu, supply, [keys[name]]) for name, stack in stacks.items()),
+            )
+        ]
         levels = options.levels or LEVELS
         for callers in levels:
             work = dict.fromkeys(_names(systems), closed(callers, options.seconds))
@@ -72,7 +79,8 @@ async def _measure(options: Options, stub: Served, stack: Stack, one: Served, tw
         # Not of the engine alone, whose peak is the load generator's.
         own = {name: opened(peak * HALF, options.seconds) for name, peak in peaks.items() if name != ENGINE}
         await _add(report, systems[1:], "open, half of its own peak", own, options)
-    _judge(report, callers_setting(min(levels)), busy)
+    for name in stacks:
+        _judge(report, name, callers_setting(min(levels)), busy)
     return report
 
 
@@ -86,18 +94,20 @@ async def _add(report: Report, systems: Sequence[System], setting: str, work: Ma
         report.add(name, setting, values_of(found[name]))
 
 
-def _judge(report: Report, alone: str, busy: str) -> None:
+def _judge(report: Report, name: str, alone: str, busy: str) -> None:
     """The bars: each round's ratio to the one-process gateway, on the same processors a moment before or after."""
 
     def against(figure: str, setting: str, other: str) -> Spread:
-        mine, its = report.row(PORTCULLIS, setting).values[figure], report.row(other, setting).values[figure]
+        mine, its = report.row(name, setting).values[figure], report.row(other, setting).values[figure]
         return Spread.of(ratios(mine, its))
 
+    def own(figure: str, setting: str) -> Spread:
+        return report.row(name, setting).spread(figure)
+
     for other in (ONE, TWO):
-        report.bars.append(Bar(f"throughput at {busy}, of that of {other}", against(RATE, busy, other), 4.0, at_least=True))
-        report.bars.append(Bar(f"median at {alone}, of that of {other}", against(P50, alone, other), 0.5, at_least=False))
-    report.bars.append(
-        Bar(f"processor ms of all stages at {busy}", report.row(PORTCULLIS, busy).spread(CPU), 0.8, at_least=False)
-    )
-    report.bars.append(Bar(f"requests/s at {busy}", report.row(PORTCULLIS, busy).spread(RATE), 1500.0, at_least=True))
-    report.bars.append(Bar(f"median ms at {alone}", report.row(PORTCULLIS, alone).spread(P50), 2.5, at_least=False))
+        throughput, median = against(RATE, busy, other), against(P50, alone, other)
+        report.bars.append(Bar(f"{name}: throughput at {busy}, of that of {other}", throughput, 4.0, at_least=True))
+        report.bars.append(Bar(f"{name}: median at {alone}, of that of {other}", median, 0.5, at_least=False))
+    report.bars.append(Bar(f"{name}: processor ms of all stages at {busy}", own(CPU, busy), 0.8, at_least=False))
+    report.bars.append(Bar(f"{name}: requests/s at {busy}", own(RATE, busy), 1500.0, at_least=True))
+    report.bars.append(Bar(f"{name}: median ms at {alone}", own(P50, alone), 2.5, at_least=False))

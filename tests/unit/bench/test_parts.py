@@ -114,12 +114,14 @@ def test_time_by_length_is_told_as_a_power(started: list[Any]) -> None:
 
 def test_overhead_has_each_system_in_each_setting_and_its_bars(started: list[Any]) -> None:
     report = overhead.run(Options(seconds=0.03, repeats=2, levels=(1, 32)))
-    systems = ["engine alone", "FastAPI, 1 process", "FastAPI, 2 processes", "Portcullis"]
+    assert [layout for _, layout in started] == [{}, {"together": 1}]
+    systems = ["engine alone", "FastAPI, 1 process", "FastAPI, 2 processes", "Portcullis", "Portcullis, together"]
     assert [row.system for row in report.rows if row.setting == "32 callers"] == systems
     assert [row.system for row in report.rows if row.setting == "open, half of its own peak"] == systems[1:]
-    assert sum(row.setting.startswith("open, ") for row in report.rows) == 7
+    assert sum(row.setting.startswith("open, ") for row in report.rows) == 9
     assert all(len(row.values[RATE]) == 2 for row in report.rows)
-    assert len(report.bars) == 7
+    assert len(report.bars) == 14
+    assert sum(bar.what.startswith("Portcullis, together: ") for bar in report.bars) == 7
 
 
 def test_a_part_can_be_measured_of_stages_that_share_processes(
@@ -134,9 +136,10 @@ def test_a_part_can_be_measured_of_stages_that_share_processes(
     assert [layout for _, layout in started] == [{"together": 1}]
     assert "the stages together" in capsys.readouterr().out
     assert (tmp_path / "connections-together.json").exists()
-    with pytest.raises(SystemExit):
-        bench.main(["replicas", "--together"])
-    assert "processes of their own" in capsys.readouterr().err
+    for part in ("replicas", "overhead"):
+        with pytest.raises(SystemExit):
+            bench.main([part, "--together"])
+        assert f"{part} measures stages in processes of their own" in capsys.readouterr().err
 
 
 def test_the_benchmark_does_without_what_only_tests_need() -> None:
