@@ -30,6 +30,7 @@ OVERLAP = 64
 RANGE_COVERAGE = 0.9999
 """Share of a batch's values that the range of an activation holds: a few are so far out that they would coarsen all others."""
 _MEASURED = 1500
+"""Texts that ranges are measured on. With 600 the rounding moved the AUC of `cse_pi` by 0.002."""
 _MEASURED_ROWS = 16
 _LONG_DOCUMENTS = 60
 _COMPARED = 1500

@@ -1,8 +1,8 @@
 """Trains the network: languages first, then teachers on parts of the rows, then a student on the rows and their judgement.
 
-The student is then trained on by the labels alone, which fits the rows better and carries over worse, and what is released
-lies between the two (Wortsman et al. 2022, robust fine-tuning: the straight line between such weights holds better ones than
-its ends).
+The student is then trained on by the labels alone, which fits the rows better and carries over worse; a release is trained on
+with what was written since, of which the reverse holds. What is released lies between the two (Wortsman et al. 2022, robust
+fine-tuning: the straight line between such weights holds better ones than its ends).
 """
 
 from __future__ import annotations
