@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
+from nats.aio.client import Client
 
 from infra.embedded import servers
 from libs.common import tracing
@@ -46,6 +47,16 @@ def wait_until(condition: Callable[[], bool], *, timeout_seconds: float = 20.0, 
         if time.monotonic() > deadline:
             pytest.fail(f"waited {timeout_seconds} s in vain for {what}")
         time.sleep(0.02)
+
+
+async def arrived(*clients: Client) -> None:
+    """Wait until the server has taken everything that these have sent it, subscriptions too.
+
+    One `flush` is not enough: nats-py writes its PING past its own buffer, so that it overtakes what still lies there.
+    """
+    for _ in range(2):
+        for client in clients:
+            await client.flush()
 
 
 def _accepts(port: int) -> bool:

@@ -29,6 +29,7 @@ from tests.bad_inputs import HTTP, NATS, Http, Nats
 from tests.chaos.kit import Stack, wait_for_detection
 from tests.chaos.scenario import crowding
 from tests.chaos.vitals import Health, assert_answers, until_at_rest
+from tests.conftest import arrived
 
 AT_A_TIME = 8
 OF_THE_LOOP_SECONDS = 2.0
@@ -195,10 +196,9 @@ async def _doors(stack: Stack) -> AsyncIterator[Doors]:
     doors = Doors(client, operator, parsed.key_id)
     try:
         await client.subscribe(f"_INBOX.{parsed.key_id}.bad.*", cb=doors.note)
-        await client.flush()
         for subject in {f"_INBOX.{OPERATOR}.bad.*", *(row.reply for row in NATS if row.reply)} - set(bad_inputs.STAGES):
             await operator.subscribe(subject, cb=doors.note)
-        await operator.flush()
+        await arrived(client, operator)
         yield doors
     finally:
         await client.close()

@@ -29,7 +29,7 @@ from tests.chaos.hostile_engine import HostileEngine, hostile_engine
 from tests.chaos.kit import BENIGN, Stack, callers, register
 from tests.chaos.test_nats_door import shown_url
 from tests.collector import Collector, Seen, collecting, tree
-from tests.conftest import free_port
+from tests.conftest import arrived, free_port
 
 PROCESSES = 6
 """As many metrics ports, in a row."""
@@ -421,7 +421,7 @@ async def listening(stack: Stack) -> AsyncIterator[list[bytes]]:
     password = (stack.home / "secrets" / "nats-operator").read_text().strip()
     client = await nats.connect(shown_url(stack), user="operator", password=password)
     await client.subscribe("events.v1.>", cb=hear)
-    await client.flush()
+    await arrived(client)
     try:
         yield heard
         for verb in ("PING", "INFO", "STATS"):

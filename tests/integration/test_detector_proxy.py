@@ -52,7 +52,7 @@ from libs.common.stages import Answer
 from services.detector_proxy.app import parts
 from services.detector_proxy.settings import DetectorProxySettings
 from tests.chaos.hostile_engine import MODES, HostileEngine, hostile_engine
-from tests.conftest import free_port
+from tests.conftest import arrived, free_port
 
 RATE = RateState(limit_minute=60, remaining_minute=59, reset_minute=0, limit_day=10, remaining_day=9, reset_day=0)
 WORKER = ModelResult(
@@ -240,7 +240,7 @@ async def test_a_worker_that_answers_nonsense_is_no_engine(fleet: Fleet, answer:
             await client.publish(message.reply, answer)
 
         await client.subscribe(subjects.model_pool(subjects.DEFAULT_POOL), cb=respond)
-        await client.flush()
+        await arrived(client)
         assert code_of(await ask(limiter)) == ErrorCode.NO_ENGINE
 
 
@@ -537,7 +537,7 @@ async def test_every_admitted_call_is_stored_once_whatever_became_of_it(fleet: F
 async def test_the_event_leaves_before_the_reply(fleet: Fleet) -> None:
     async with fleet.operator() as client, fleet.worker(), fleet.proxy():
         seen = await client.subscribe(">")
-        await client.flush()
+        await arrived(client)
         for number in range(20):
             reply_to = f"_INBOX.edge.x.{number}"
             await send(client, reply_to)

@@ -43,7 +43,7 @@ from services.auth.app import parts as auth_parts
 from services.jobs.app import parts as jobs_parts
 from services.jobs.settings import Settings as JobSettings
 from tests.bad_inputs import DOOR
-from tests.conftest import OPERATOR
+from tests.conftest import OPERATOR, arrived
 from tests.integration.auth_kit import ADMIN, Fleet, Kit, code, new_database, result
 
 RATE = RateState(limit_minute=60, remaining_minute=59, reset_minute=0.0, limit_day=10, remaining_day=9, reset_day=0.0)
@@ -246,7 +246,7 @@ async def test_a_client_submits_follows_and_reads(world: World) -> None:
     listed = (await tenant.ask("list", {}))["result"]
     assert [each["job_id"] for each in listed["jobs"]] == [job["job_id"]]
     assert (await tenant.ask("cancel", {"job_id": job["job_id"]}))["result"]["state"] == "done"
-    await other.nats.flush()
+    await arrived(other.nats)
     assert of_others == []
     assert tenant.errors == other.errors == []
 
@@ -328,7 +328,7 @@ async def test_a_client_cannot_feign_the_death_of_a_service(world: World, caplog
         ends.append(json.loads(message.data)["client"]["name"])
 
     await operator.subscribe(subjects.CLIENT_DISCONNECTED, cb=note)
-    await operator.flush()
+    await arrived(operator)
     await tenant.nats.close()
     await until(lambda: "portcullis:auth:0123456789abcdef" in ends, "the server's word of the end")
     other = await world.new_tenant()
@@ -352,12 +352,12 @@ async def test_an_answer_goes_nowhere_but_to_the_clients_own_inbox(world: World)
     ]
     for subject in elsewhere:
         await operator.subscribe(subject, cb=_into(seen))
-    await operator.flush()
+    await arrived(operator)
     for subject in elsewhere:
         await tenant.nats.publish(f"jobs.v1.{tenant.key_id}.submit", body, reply=subject)
     # This one is behind the others, on the same connections.
     assert (await tenant.ask("list", {}))["result"]["jobs"] == []
-    await operator.flush()
+    await arrived(operator)
     assert seen == []
 
 
@@ -399,8 +399,7 @@ async def test_a_client_can_subscribe_to_nothing_of_anybody_else(world: World) -
     assert len(tenant.errors) == len(tries) + 1
     for subject in tries.values():
         await operator.publish(subject, b"secret")
-    await operator.flush()
-    await tenant.nats.flush()
+    await arrived(operator, tenant.nats)
     assert seen == []
 
 
@@ -446,12 +445,12 @@ async def test_a_client_can_publish_nothing_but_what_it_asks(world: World) -> No
     ]
     seen: list[str] = []
     await operator.subscribe(">", cb=_into(seen))
-    await operator.flush()
+    await arrived(operator)
     for subject in tries:
         await tenant.nats.publish(subject, b'{"mark":"of the client"}')
     for subject in tries:
         await tenant.refused("publish", subject)
-    await operator.flush()
+    await arrived(operator)
     assert [subject for subject in seen if subject in tries] == []
 
 
@@ -463,7 +462,7 @@ async def test_a_connection_has_bounds(world: World) -> None:
     replacement = await _when_there_is_room(world, issued.api_key)
     for number in range(MAX_SUBSCRIPTIONS):
         await replacement.nats.subscribe(f"jobs.v1.{replacement.key_id}.{number}.results.>")
-    await replacement.nats.flush()
+    await arrived(replacement.nats)
     await replacement.nats.subscribe(f"jobs.v1.{replacement.key_id}.more.results.>")
     await until(lambda: "maximum subscriptions" in str(replacement.nats.last_error).lower(), "the bound of subscriptions")
 

@@ -39,7 +39,7 @@ from services.jobs.settings import Settings as JobSettings
 from services.limiter.app import parts as limiter_parts
 from services.limiter.settings import Settings as LimiterSettings
 from tests.bad_inputs import FOREIGN, NO_DEADLINES, NO_UTF8, UNREADABLE
-from tests.conftest import OPERATOR, free_port
+from tests.conftest import OPERATOR, arrived, free_port
 from tests.integration.auth_kit import Kit, credential, new_database
 
 KEY_ID = "0" * 12
@@ -137,8 +137,7 @@ async def world(
         world = World(buses, operator, asker)
         for inbox in INBOXES.values():
             await operator.subscribe(f"{inbox}.>", cb=world.on_answer)
-        await operator.flush()
-        await operator.flush()
+        await arrived(operator)
         registered = await world.ask(subjects.REGISTER_REQUEST, RegisterRequest(name="a", address="127.0.0.1"))
         world.api_key = msgspec.json.decode(registered.result, type=IssuedKey).api_key
         yield world
@@ -206,7 +205,7 @@ async def test_an_answer_goes_to_inboxes_only(world: World) -> None:
         seen.append(msg.subject)
 
     watching = await world.operator.subscribe(">", cb=note)
-    await world.operator.flush()
+    await arrived(world.operator)
     for subject, _ in world.stages():
         for reply in FOREIGN:
             await world.operator.publish(subject, b"[]", reply=reply, headers=context().headers())

@@ -20,7 +20,7 @@ from infra.embedded import servers
 from infra.embedded.servers import Server
 from libs.common import subjects
 from libs.common.subjects import PERMISSIONS, SERVICES
-from tests.conftest import OPERATOR, free_port, running
+from tests.conftest import OPERATOR, arrived, free_port, running
 
 ROOT = Path(__file__).parents[2]
 KEY_ID, JOB_ID, INSTANCE = "0" * 12, "0" * 28, "0" * 16
@@ -122,12 +122,6 @@ async def connected(server: Server, user: str) -> AsyncIterator[tuple[Client, li
         await client.close()
 
 
-async def answered(client: Client) -> None:
-    """Wait until the server has said all that it has to say. Twice: the first PING overtakes what is in nats-py's buffer."""
-    await client.flush()
-    await client.flush()
-
-
 @pytest.mark.parametrize("service", SERVICES)
 async def test_a_service_sends_on_its_own_subjects_only(server: Server, service: str) -> None:
     tried = everything()
@@ -142,10 +136,10 @@ async def test_a_service_sends_on_its_own_subjects_only(server: Server, service:
 
     async with connected(server, OPERATOR) as (operator, _), connected(server, service) as (client, refused):
         await operator.subscribe(">", cb=note)
-        await answered(operator)
+        await arrived(operator)
         for subject in tried:
             await client.publish(subject, b"{}")
-        await answered(client)
+        await arrived(client)
         await operator.publish("the.last.one")
         await asyncio.wait_for(last.wait(), 10)
         assert set(refused) == {f"publish {subject.lower()}" for subject in foreign}
@@ -163,7 +157,7 @@ async def test_a_service_reads_its_own_subjects_only(server: Server, service: st
         for subject in tried:
             # Sharing the work of a stage is reading along, too.
             await client.subscribe(subject, queue=queue and next(iter(SERVICES)))
-        await answered(client)
+        await arrived(client)
         assert set(refused) == {f"subscription {subject.lower()}" for subject in foreign}
 
 

@@ -27,7 +27,7 @@ from libs.common.errors import ErrorCode, PortcullisError
 from libs.common.neighbours import Neighbours
 from libs.common.stages import Answer, Forward, Stage
 from libs.common.tracing import PerSecond, Recorder
-from tests.conftest import OPERATOR
+from tests.conftest import OPERATOR, arrived
 from tests.integration.buses import Ping, bus_of, started
 
 
@@ -53,8 +53,7 @@ class House:
 
     async def crossed(self) -> list[str]:
         """The subjects of what has gone over the server so far, of messages about detections."""
-        await self.operator.flush()
-        await self.operator.flush()
+        await arrived(self.operator)
         return self.overheard
 
 
@@ -279,7 +278,7 @@ async def test_what_a_neighbour_without_a_connection_has_in_hand_is_not_sent_aga
 
         asked = asyncio.create_task(edge.request(subjects.DETECT_REQUEST, Ping(value=1), context(), idempotent=True))
         await edge.connection.subscribe(subjects.CLIENT_DISCONNECTED, cb=note)
-        await edge.connection.flush()
+        await arrived(edge.connection)
         transport = auth.connection._transport
         assert transport is not None
         transport.close()  # type: ignore[no-untyped-call]  # as when the network takes it
