@@ -67,10 +67,10 @@ auth *arguments: _runtime
     @exec {{ python }} infra/embedded/child.py --optional \
         --environment "${PORTCULLIS_HOME:-.portcullis}/environments/auth.json" -- {{ python }} -m services.auth "$@"
 
-# The whole test suite, or parts of it: test tests/unit -k limiter
+# The whole test suite, or parts of it: test tests/unit -k limiter; a test that hangs fails after ten minutes (--timeout SECONDS)
 [no-exit-message]
 test *arguments: _development
-    @exec {{ python }} -m pytest "$@"
+    @exec {{ python }} -m pytest --timeout 600 "$@"
 
 # Fuzz for so many seconds each target and each state machine, or those named: fuzz 180 normaliser jobs
 [no-exit-message]
