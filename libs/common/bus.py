@@ -308,16 +308,20 @@ class Bus:
             if self._telling is not None:
                 await tasks.end(self._telling)
                 await self._tell_kept()
-            # A last forward may still be answered "no responders"; that answer is on its way back before this flush returns.
-            await self.publish(EVENT_LEFT, InstanceLeft(service=self.service, instance=self.instance))
-            await self._settle()
+            with contextlib.suppress(PortcullisError, nats.errors.Error):  # the connection has just gone: the server says so
+                await self.publish(EVENT_LEFT, InstanceLeft(service=self.service, instance=self.instance))
+                # A last forward may still be answered "no responders"; that answer is on its way back before this flush returns.
+                await self._settle()
         # Everything is drained by now. nats-py's own drain, which FastStream calls, may wait out its 30 s for a pull subscription
         # (`fetch` takes some messages off its queue without saying that they are done), and refuses a connection that is
         # being made again. On a closed one it does nothing.
-        if self.broker._connection is not None:
-            # It ends its own attempt to reconnect. Where that has just begun, both wait for the end of one transport, and the
-            # cancellation comes back out of `close`; as a task of its own it is told apart from a cancellation of ours.
-            closing = asyncio.create_task(self.broker._connection.close())
+        if (connection := self.broker._connection) is not None:
+            # `close` cancels an attempt to reconnect, but once: one that goes on would bring the closed connection back to life.
+            if (attempt := connection._reconnection_task) is not None:
+                await tasks.end(attempt)
+            # Where that attempt had just begun, both wait for the end of one transport, and the cancellation comes back out of
+            # `close`; as a task of its own it is told apart from a cancellation of ours.
+            closing = asyncio.create_task(connection.close())
             await asyncio.wait({closing})
             if closing.cancelled():
                 self.closed.set()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from libs.common.contracts import Message
 from libs.common.errors import ErrorCode, PortcullisError
 from libs.common.settings import CommonSettings
 from libs.common.stages import Answer, Forward, origin_of
-from tests.conftest import OPERATOR, free_port, running
+from tests.conftest import OPERATOR, arrived, free_port, running
 from tests.integration.buses import MakeBus, Ping, bus_of, started
 
 
@@ -256,7 +257,7 @@ async def test_a_stage_that_drained_causes_no_second_sending(
     second.stage(subjects.DETECT_REQUEST, Ping, hold)
     operator = await nats.connect(nats_server.url, user=OPERATOR, password=nats_passwords[OPERATOR])
     gone = await operator.subscribe(subjects.CLIENT_DISCONNECTED)
-    await operator.flush()
+    await arrived(operator)
     async with started(edge, second):
         await first.connect()
         await first.start()
@@ -336,6 +337,30 @@ async def test_a_drain_comes_to_an_end_at_whatever_step_of_losing_the_server(
             await asyncio.sleep(0)
         await bus.drain()
     assert bus.closed.is_set()
+
+
+async def test_a_drained_connection_stays_closed_though_its_attempt_to_reconnect_loses_a_cancellation(make_bus: MakeBus) -> None:
+    # As `asyncio.wait_for`, which it waits with, does before Python 3.12 when what it waits for comes at the same time.
+    bus = make_bus("auth")
+    await bus.connect()
+    await bus.start()
+    connection, trying = bus.connection, asyncio.Event()
+    select_next_server = connection._select_next_server
+
+    async def heedless() -> None:
+        trying.set()
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+        await select_next_server()
+
+    connection._select_next_server = heedless  # type: ignore[method-assign]
+    assert connection._transport is not None
+    connection._transport.close()  # type: ignore[no-untyped-call]  # as when the network takes it
+    await trying.wait()
+    await bus.drain()
+    assert connection._reconnection_task is not None
+    assert connection._reconnection_task.done()
+    assert connection.is_closed
 
 
 async def test_a_pull_subscription_does_not_hold_up_the_stop(make_bus: MakeBus) -> None:
