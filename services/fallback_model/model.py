@@ -157,12 +157,16 @@ class Model:
         normalised = normalise(text, self._lexicon, spelt=self.card.spelt)
         middle = time.perf_counter()
         undone = _undone(normalised.views, len(text))
-        encodings = self._windower.encode([view.text for view in normalised.views], located=undone is not None)
+        texts = [view.text for view in normalised.views]
+        encodings = self._windower.encode(texts) if undone is not None else [None] * len(texts)
+        tokens = 0
         rows: dict[bytes, int] = {}
         kept: list[Ids] = []
         places = []
         for index, (view, encoding) in enumerate(zip(normalised.views, encodings, strict=True)):
-            for window in self._windower.cut(encoding):
+            ids = self._windower.ids(view.text) if encoding is None else np.array(encoding.ids, dtype=np.int64)
+            tokens += len(ids)
+            for window in self._windower.cut(ids):
                 row = rows.setdefault(window.ids.tobytes(), len(kept))
                 if row == len(kept):
                     kept.append(window.ids)
@@ -172,7 +176,7 @@ class Model:
         return Prepared(
             text,
             normalised,
-            sum(map(len, encodings)),
+            tokens,
             places,
             kept,
             {"normalise": milliseconds(began, middle), "tokenise": milliseconds(middle, end)},
@@ -219,13 +223,13 @@ class Model:
         """Where in the text its windows and the sentences of the worst one are. As much work as to prepare it."""
         _, worst = self.logit(prepared, scores)
         texts = [view.text for view in prepared.normalised.views]
-        encodings = self._windower.encode(texts, located=True)
+        encodings = self._windower.encode(texts)
         text = texts[worst.view]
         start, end = window_characters(encodings[worst.view], worst.window)
         found = [(start + m.start(), start + m.end()) for m in _SENTENCE.finditer(text[start:end]) if m[0].strip()]
         if not 1 < len(found) <= _MOST_SENTENCES:
             return Located(encodings, [], [])
-        rows = [self._windower.cut(encoding)[0].ids for encoding in self._windower.encode([text[a:b] for a, b in found])]
+        rows = [self._windower.cut(self._windower.ids(text[a:b]))[0].ids for a, b in found]
         return Located(encodings, found, rows)
 
     def explain(
@@ -298,11 +302,11 @@ def _undone(views: list[View], length: int) -> NDArray[np.int64] | None:
     return np.cumsum(marks)
 
 
-def _is_disguised(view: View, encoding: Encoding, window: Window, undone: NDArray[np.int64] | None) -> bool:
+def _is_disguised(view: View, encoding: Encoding | None, window: Window, undone: NDArray[np.int64] | None) -> bool:
     """True where another view shows most of a window undone."""
     if view.disguised:
         return True
-    if undone is None or view.region is not None:
+    if undone is None or encoding is None or view.region is not None:
         return False
     start, end = window_characters(encoding, window)
     if start == end:

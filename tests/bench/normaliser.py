@@ -53,8 +53,8 @@ def best(work: Callable[[], T], runs: int) -> tuple[T, float]:
 def measure(name: str, size: int, runs: int, lexicon: Lexicon, windower: Windower) -> Timed:
     text = patterns.pattern(name, size)
     normalised, first = best(lambda: normalise(text, lexicon, spelt=True), runs)
-    encodings, second = best(lambda: windower.encode([view.text for view in normalised.views]), 1)
-    windows, third = best(lambda: [window for encoding in encodings for window in windower.cut(encoding)], runs)
+    encoded, second = best(lambda: [windower.ids(view.text) for view in normalised.views], 1)
+    windows, third = best(lambda: [window for ids in encoded for window in windower.cut(ids)], runs)
     return Timed(name, first, second, third, len(normalised.views), len(windows), normalised.complete)
 
 

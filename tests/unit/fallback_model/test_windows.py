@@ -20,8 +20,8 @@ WINDOWER = Windower(TOKENIZER, max_tokens=16, overlap=5)
 @settings(max_examples=150)
 @given(st.lists(st.sampled_from(["alpha", "b", "gamma!", "unbelievably", "...", "x9", "忽"]), max_size=120).map(" ".join))
 def test_every_token_is_in_a_window_and_no_window_is_too_long(text: str) -> None:
-    encoding = WINDOWER.encode([text], located=True)[0]
-    windows = WINDOWER.cut(encoding)
+    encoding = WINDOWER.encode([text])[0]
+    windows = WINDOWER.cut(WINDOWER.ids(text))
     seen = {index for window in windows for index in range(window.first, window.last)}
     assert seen == set(range(len(encoding.ids)))
     for window in windows:
@@ -63,14 +63,14 @@ _PARTS = st.one_of(
 @given(st.lists(_PARTS, max_size=12).map("".join))
 def test_plain_texts_become_the_tokens_that_the_whole_tokenizer_gives(text: str) -> None:
     whole = TOKENIZER.encode(text, add_special_tokens=False)
-    (encoding,), (located,) = WINDOWER.encode([text]), WINDOWER.encode([text], located=True)
-    assert encoding.ids == whole.ids
+    (located,) = WINDOWER.encode([text])
+    assert WINDOWER.ids(text).tolist() == whole.ids
     assert (located.ids, located.offsets) == (whole.ids, whole.offsets)
 
 
 def test_a_text_without_tokens_still_has_a_window() -> None:
-    encoding = WINDOWER.encode([""], located=True)[0]
-    (window,) = WINDOWER.cut(encoding)
+    encoding = WINDOWER.encode([""])[0]
+    (window,) = WINDOWER.cut(WINDOWER.ids(""))
     assert characters(encoding, window) == (0, 0)
 
 
@@ -83,11 +83,12 @@ def test_time_to_place_windows_grows_no_faster_than_the_text() -> None:
     """Four times the tokens take at most some eight times as long to cut and to place."""
 
     def seconds(words: int) -> float:
-        encoding = WINDOWER.encode(["alpha " * words], located=True)[0]
+        text = "alpha " * words
+        encoding = WINDOWER.encode([text])[0]
         spent = []
         for _ in range(3):
             began = time.process_time()
-            for window in WINDOWER.cut(encoding):
+            for window in WINDOWER.cut(WINDOWER.ids(text)):
                 characters(encoding, window)
             spent.append(time.process_time() - began)
         return min(spent)
