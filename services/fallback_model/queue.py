@@ -13,8 +13,9 @@ import numpy as np
 from services.fallback_model.engine import Scores
 from services.fallback_model.windows import Ids
 
-_SLACK: Final = 16
-"""Windows whose lengths differ by at most this many tokens, or by a quarter, share a batch."""
+_SLACK: Final = 4
+"""Windows whose lengths differ by at most this many tokens, or by a quarter, share a batch. A batch of its own costs a window as
+much as some fifteen tokens, and it may still find others of its length."""
 _CLOSE: Final = 16
 """A batch that is half full takes no more than what differs from its first window by this part of it: half a batch is scored as
 fast by the token as a whole one, and without padding."""

@@ -26,7 +26,7 @@ import uvloop
 from infra.embedded.control import Supervisor
 from infra.embedded.home import Home
 from tests.bench.alone import Alone, by_tokens
-from tests.bench.figures import Spread, percentile, ratios
+from tests.bench.figures import Spread, percentile
 from tests.bench.load import BenchError, issued_key, made, texts
 from tests.bench.report import P50, P99, Bar, Report
 from tests.bench.systems import Stack, portcullis
@@ -159,35 +159,35 @@ async def first_result(gateway: Gateway, report: Report, options: Options) -> No
 
 
 async def throughput(gateway: Gateway, report: Report, options: Options) -> None:
-    """In rounds of a thousand texts, each measured in every way, in another order each time: what else the machine does, and what
-    was done before, falls on all of them alike."""
+    """In rounds of a thousand texts, each measured in every way, in another order each time, with onnxruntime alone before and
+    after each: what else the machine does, and what was done before, falls on all of them alike."""
     alone = await asyncio.to_thread(Alone)
     tokens = alone.best_tokens(await asyncio.to_thread(alone.rows, made(200)))
-
-    async def limit(batch: list[str]) -> tuple[float, float]:
-        batches = by_tokens(await asyncio.to_thread(alone.rows, batch), tokens)
-        return 0.0, 1000 * await asyncio.to_thread(alone.seconds, batches)
-
     ways: dict[str, Callable[[list[str]], Awaitable[tuple[float, float]]]] = {
-        ALONE: limit,
         STREAM: gateway.upload,
         LIST: gateway.listed,
         JOB: gateway.job,
     }
-    rates: dict[str, list[float]] = {name: [] for name in ways}
+    rates: dict[str, list[float]] = {name: [] for name in (ALONE, *ways)}
+    shares: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(ROUNDS * options.repeats):
         batch = made(TEXTS)
+        batches = by_tokens(await asyncio.to_thread(alone.rows, batch), tokens)
+        limits = [await asyncio.to_thread(alone.seconds, batches)]
         order = deque(ways)
         order.rotate(-number)
         for name in order:
-            rates[name].append(TEXTS * 1000 / (await ways[name](batch))[1])
+            seconds = (await ways[name](batch))[1] / 1000
+            limits.append(await asyncio.to_thread(alone.seconds, batches))
+            rates[name].append(TEXTS / seconds)
+            shares[name].append((limits[-2] + limits[-1]) / 2 / seconds)
+        rates[ALONE] += [TEXTS / seconds for seconds in limits]
     alone.close()
     report.notes.append(f"onnxruntime alone in batches of {tokens} tokens, sorted by length")
     for name, values in rates.items():
         report.add(name, f"{TEXTS} texts", {TEXTS_RATE: values})
-    for name in (STREAM, LIST, JOB):
-        share = Spread.of(ratios(rates[name], rates[ALONE]))
-        report.bars.append(Bar(f"texts/s, {name}, of onnxruntime alone", share, 0.85, at_least=True))
+    for name, values in shares.items():
+        report.bars.append(Bar(f"texts/s, {name}, of onnxruntime alone", Spread.of(values), 0.85, at_least=True))
 
 
 async def memory(gateway: Gateway, report: Report, home: Home) -> None:
