@@ -34,7 +34,7 @@ class Window:
 
 class _Plain:
     """BERT's lower-casing tokenizer, for texts of printable ASCII: a word is what stands between blanks and signs, and nearly all
-    words are in the vocabulary as they are. To look them up there is less than a third of the tokenizer's work.
+    words are in the vocabulary as they are. To look them up there is about half of the tokenizer's work.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
