@@ -24,7 +24,7 @@ from libs.common import tracing
 from services.fallback_model.engine import Scores
 from services.fallback_model.forecast import Speed
 from services.fallback_model.metrics import LaneMetrics
-from services.fallback_model.queue import Item, Queue, Request
+from services.fallback_model.queue import Item, Queue, Request, most_rows
 from services.fallback_model.windows import Ids
 
 _FOR_A_SESSION: Final = (("portcullis.queue", "model"),)
@@ -35,7 +35,7 @@ _FIRST_SHARE: Final = 4
 """Who comes to sessions that have nothing to do is scored in a batch of a quarter of the usual bound: what came first need not
 wait for what came with it, and there is another session, or another turn, for the rest."""
 _FULL: Final = 0.5
-"""Batches of at least this part of their bound tell how fast a queue is worked off."""
+"""Batches of at least this part of the rows that they may have tell how fast a queue is worked off."""
 
 
 class Busy(Exception):  # noqa: N818  # it is an answer, not a fault
@@ -56,7 +56,7 @@ class Time(Protocol):
 
 @dataclass(frozen=True)
 class Limits:
-    """batch_tokens: rows x longest row of a batch. queue_tokens: the bound of the queue.
+    """batch_tokens: rows x longest row of a batch, and of long rows fewer (`most_rows`). queue_tokens: the bound of the queue.
 
     wait_seconds: how long a session that is free waits for more than what is there, when that does not fill a batch.
     overtaken_seconds: after this long a window that is not urgent counts as urgent.
@@ -228,13 +228,14 @@ class Batcher:
             tokens = sum(len(item.ids) for batch in batches for item in batch)
             self._running_tokens += tokens
             try:
-                rows = [[item.ids for item in batch] for batch in batches]
-                outcomes = await loop.run_in_executor(self._threads, self._run, runner, rows, self._clock.monotonic())
+                outcomes = await loop.run_in_executor(self._threads, self._run, runner, batches, self._clock.monotonic())
             except RuntimeError as error:  # no thread could be had
                 outcomes = [error] * len(batches)
             finally:
                 self._running_tokens -= tokens
             for batch, outcome in zip(batches, outcomes, strict=True):
+                if outcome is None:
+                    continue
                 if isinstance(outcome, Exception):
                     for item in batch:
                         if not item.request.done.done():
@@ -256,13 +257,16 @@ class Batcher:
             self._note_begin(batch)
         return batches
 
-    def _run(self, runner: Runner, batches: list[list[Ids]], ready: float) -> list[Scored | Exception]:
+    def _run(self, runner: Runner, batches: list[list[Item]], ready: float) -> list[Scored | Exception | None]:
         """In one of the threads; `ready`: since when the batches have been waiting for it. Of one that fails, what the engine
-        raised."""
-        outcomes: list[Scored | Exception] = []
-        for rows in batches:
+        raised; of one that nobody waits for any more when its turn comes, None."""
+        outcomes: list[Scored | Exception | None] = []
+        for batch in batches:
+            if all(item.abandoned for item in batch):
+                outcomes.append(None)
+                continue
             try:
-                outcomes.append(self._score(runner, rows, ready))
+                outcomes.append(self._score(runner, [item.ids for item in batch], ready))
             except Exception as error:  # noqa: BLE001  # handed to those who asked, whatever it is; the worker goes on
                 outcomes.append(error)
         return outcomes
@@ -280,7 +284,8 @@ class Batcher:
         tokens = sum(len(item.ids) for item in batch)
         # A queue that makes anybody wait is worked off in full batches. Small ones are slower by the token; but if even they are
         # faster than what is believed, then that is out of date, and must not keep the queue too short for full ones.
-        full = max(len(item.ids) for item in batch) * len(batch) >= _FULL * self._limits.batch_tokens
+        longest = max(len(item.ids) for item in batch)
+        full = len(batch) >= _FULL * most_rows(longest, self._limits.batch_tokens)
         if full or tokens > seconds * self._speed.per_second > 0:
             self._speed.add(tokens, seconds)
 

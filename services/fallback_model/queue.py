@@ -19,6 +19,16 @@ much as some fifteen tokens, and it may still find others of its length."""
 _CLOSE: Final = 16
 """A batch that is half full takes no more than what differs from its first window by this part of it: half a batch is scored as
 fast by the token as a whole one, and without padding."""
+_MOST_PAIRS: Final = 80_000
+"""Pairs of tokens that attend to each other, in all rows of a batch. Attention keeps a number for each of them in each of its
+heads, here 12 of 4 bytes: about as many as a processor has in a cache of its own. Two windows of 256 tokens at a time cost 1.06
+of what they cost one after the other."""
+
+
+def most_rows(longest: int, most_tokens: int) -> int:
+    """How many rows of so many tokens make a batch, at least 1."""
+    longest = max(1, longest)
+    return max(1, min(most_tokens // longest, _MOST_PAIRS // longest**2))
 
 
 @dataclass(eq=False)
@@ -89,7 +99,7 @@ class Queue:
         return None
 
     def fill(self, batch: list[Item], most_tokens: int) -> None:
-        """Add to `batch` what is alike and fits into so many tokens, padding included; the oldest if it is empty, as it is."""
+        """Add to `batch` what is alike, as many rows as `most_rows` has it; the oldest if it is empty."""
         if not batch:
             oldest = self.oldest()
             if oldest is None:
@@ -99,15 +109,15 @@ class Queue:
         lengths = [len(item.ids) for item in batch]
         middle, shortest, longest = lengths[0], min(lengths), max(lengths)
         for length in _outwards(middle, max(_SLACK, middle // 4)):
-            if 2 * longest * len(batch) >= most_tokens and abs(length - middle) > middle // _CLOSE:
+            if 2 * len(batch) >= most_rows(longest, most_tokens) and abs(length - middle) > middle // _CLOSE:
                 return
             shortest_then, longest_then = min(shortest, length), max(longest, length)
             if longest_then - shortest_then > max(_SLACK, shortest_then // 4):
                 continue
-            while longest_then * (len(batch) + 1) <= most_tokens and (item := self._take(length)) is not None:
+            while len(batch) < most_rows(longest_then, most_tokens) and (item := self._take(length)) is not None:
                 batch.append(item)
                 shortest, longest = shortest_then, longest_then
-            if longest * (len(batch) + 1) > most_tokens:
+            if len(batch) >= most_rows(longest, most_tokens):
                 return
 
     def _take(self, length: int) -> Item | None:

@@ -14,6 +14,7 @@ from prometheus_client import REGISTRY
 from libs.common.clock import ManualClock
 from services.fallback_model.batcher import Batcher, Busy, Limits, Runner, Scored
 from services.fallback_model.engine import Scores
+from services.fallback_model.queue import Item
 from services.fallback_model.windows import Ids
 
 
@@ -109,7 +110,7 @@ async def test_a_thread_takes_several_batches_when_there_is_enough_for_all(runne
     handed: list[int] = []
 
     class Counting(Batcher):
-        def _run(self, runner: Runner, batches: list[list[Ids]], ready: float) -> list[Scored | Exception]:
+        def _run(self, runner: Runner, batches: list[list[Item]], ready: float) -> list[Scored | Exception | None]:
             handed.append(len(batches))
             return super()._run(runner, batches, ready)
 
@@ -129,6 +130,33 @@ async def test_of_several_batches_in_a_turn_only_the_one_that_fails_does(clock: 
     runner = Picky()
     outcomes = await waiting_together(Batcher([runner], Limits(batch_tokens=10), clock, no_wait, turn=3), runner, 5)
     assert [isinstance(each, RuntimeError) for each in outcomes] == [False, True, False, False, False]
+
+
+async def test_what_nobody_waits_for_when_its_turn_comes_is_not_scored(clock: ManualClock) -> None:
+    class Stepped(FakeRunner):
+        steps = threading.Semaphore(0)
+
+        def run(self, rows: list[Ids]) -> Scores:
+            self.steps.acquire(timeout=10)
+            return super().run(rows)
+
+    runner = Stepped()
+    batcher = Batcher([runner], Limits(batch_tokens=10), clock, no_wait, turn=3)
+    first = await occupied(batcher, runner)
+    tasks = [asyncio.create_task(batcher.score(rows(length))) for length in (10, 9, 8, 7)]
+    await asyncio.sleep(0)
+    runner.gate.set()
+    runner.steps.release()
+    await first
+    while batcher.waiting_requests > 1:  # three are in one turn, and the first of them is being scored
+        await asyncio.sleep(0.001)
+    for gone in tasks[1:3]:
+        gone.cancel()
+    await asyncio.wait(tasks[1:3])
+    runner.steps.release(3)
+    await asyncio.gather(tasks[0], tasks[3])
+    await batcher.close()
+    assert runner.batches == [[10], [10], [7]]
 
 
 async def test_where_no_thread_can_be_had_who_asks_is_told(runner: FakeRunner, clock: ManualClock) -> None:

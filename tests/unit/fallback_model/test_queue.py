@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.fallback_model.engine import Scores
-from services.fallback_model.queue import Item, Queue, Request
+from services.fallback_model.queue import Item, Queue, Request, most_rows
 
 MOST_TOKENS = 100
 
@@ -42,6 +42,14 @@ def test_a_batch_that_is_half_full_takes_only_what_hardly_differs() -> None:
     assert taken(8, 8, 8, 8, 8, 8, 8, 9, 8, 8, 8, 8, 8) == [8] * 12
 
 
+def test_of_long_rows_a_batch_has_fewer_since_attention_grows_with_the_square() -> None:
+    assert most_rows(32, 512) == 16  # by its tokens
+    assert most_rows(192, 512) == 2
+    assert most_rows(256, 512) == 1
+    assert most_rows(512, 512) == most_rows(1024, 512) == 1  # there is always room for one
+    assert most_rows(0, 512) == 512  # a text without any token, by a model without tokens of its own
+
+
 @given(st.lists(st.tuples(st.integers(1, 120), st.booleans()), max_size=60))
 def test_every_window_leaves_once_and_the_oldest_goes_first(windows: list[tuple[int, bool]]) -> None:
     loop = asyncio.new_event_loop()
@@ -63,7 +71,7 @@ def test_every_window_leaves_once_and_the_oldest_goes_first(windows: list[tuple[
             break
         assert batch[0] is oldest
         lengths = [len(each.ids) for each in batch]
-        assert len(batch) == 1 or max(lengths) * len(batch) <= MOST_TOKENS
+        assert len(batch) <= most_rows(max(lengths), MOST_TOKENS)
         assert max(lengths) - min(lengths) <= max(16, min(lengths) // 4)
         batched += batch
     loop.close()
