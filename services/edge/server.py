@@ -32,6 +32,20 @@ POLL_SECONDS = 0.02
 BACKLOG = 2048
 
 
+class _Answering:
+    """A connection as uvicorn's answer to a request sees it, which closes after the answer whatever is still being sent: here it
+    leaves that to the protocol where the request has not come to its end."""
+
+    def __init__(self, protocol: Protocol) -> None:
+        self.write = protocol.transport.write
+        self.is_closing = protocol.transport.is_closing
+        self._protocol = protocol
+
+    def close(self) -> None:
+        if not self._protocol.answered_early:
+            self._protocol.transport.close()
+
+
 class Protocol(HttpToolsProtocol):
     """One connection."""
 
@@ -115,6 +129,7 @@ class Protocol(HttpToolsProtocol):
         self._header_bytes = self._framing_bytes = 0
         self._cancel_header_timer()
         super().on_headers_complete()
+        self.cycle.transport = _Answering(self)  # type: ignore[assignment]  # all of it that is used there
         self._receiving_body = True
 
     def on_body(self, body: bytes) -> None:
@@ -129,10 +144,20 @@ class Protocol(HttpToolsProtocol):
         self._cancel_linger_timer()
         super().on_message_complete()
 
+    @property
+    def answered_early(self) -> bool:
+        """The request of which the body is coming in has its answer."""
+        return self._receiving_body and self.cycle.response_complete
+
     def on_response_complete(self) -> None:
-        if self._receiving_body and not self.transport.is_closing():
-            self._linger_timer = self.loop.call_later(LINGER_SECONDS, self.transport.close)
         super().on_response_complete()
+        if not self.answered_early or self.transport.is_closing():
+            return
+        if self.cycle.keep_alive:
+            self._linger_timer = self.loop.call_later(LINGER_SECONDS, self.transport.close)
+        else:
+            self._unset_keepalive_if_required()
+            self._close_for_senders()
 
     def pause_writing(self) -> None:
         """The caller does not read its answers: what waits for it, and the place that it takes up, is not kept for ever."""

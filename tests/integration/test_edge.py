@@ -373,11 +373,33 @@ async def test_who_sends_too_much_still_reads_why_and_may_go_on(fleet: Fleet) ->
         assert (await edge.detect()).status_code == 200
 
 
-async def test_who_never_stops_sending_is_cut(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_answer_that_closes_the_connection_does_not_fail_who_is_still_sending(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("services.edge.server.LINGER_SECONDS", 60.0)
+
+    def send_on() -> bytes:
+        with socket.create_connection(("127.0.0.1", edge.port), timeout=30) as caller:
+            caller.sendall(POST + b"Connection: close\r\nContent-Length: 5000\r\n\r\n")
+            answer = b""
+            while piece := caller.recv(4096):
+                answer += piece
+            for _ in range(10):  # the first would be answered by a reset, and the next one fail
+                caller.sendall(b" ")
+            return answer
+
+    async with fleet.edge(max_body_bytes=4096) as edge:
+        answer = await asyncio.to_thread(send_on)
+        assert b" 413 " in answer
+        assert b"\r\nconnection: close\r\n" in answer
+
+
+@pytest.mark.parametrize("connection", [b"", b"Connection: close\r\n"])
+async def test_who_never_stops_sending_is_cut(fleet: Fleet, monkeypatch: pytest.MonkeyPatch, connection: bytes) -> None:
     monkeypatch.setattr("services.edge.server.LINGER_SECONDS", 0.2)
     async with fleet.edge(max_body_bytes=4096) as edge:
         reader, writer = await asyncio.open_connection("127.0.0.1", edge.port)
-        writer.write(POST + b"Content-Length: 5000\r\n\r\n")
+        writer.write(POST + connection + b"Content-Length: 5000\r\n\r\n")
 
         async def send() -> None:
             while True:

@@ -72,7 +72,7 @@ def test_every_window_leaves_once_and_the_oldest_goes_first(windows: list[tuple[
         assert batch[0] is oldest
         lengths = [len(each.ids) for each in batch]
         assert len(batch) <= most_rows(max(lengths), MOST_TOKENS)
-        assert max(lengths) - min(lengths) <= max(16, min(lengths) // 4)
+        assert max(lengths) - min(lengths) <= max(4, min(lengths) // 4)
         batched += batch
     loop.close()
     assert len(queue) == 0
