@@ -10,6 +10,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Final
 
+import msgspec
+
 from libs.common import tracing
 from services.fallback_model import metrics
 from services.fallback_model.batcher import Batcher, Busy
@@ -23,8 +25,7 @@ _BULK_PART: Final = 16
 _FOR_A_THREAD: Final = (("portcullis.queue", "prepare"),)
 
 
-@dataclass(frozen=True, slots=True)
-class Judged:
+class Judged(msgspec.Struct, frozen=True):
     """What became of one text of many, and after how many seconds."""
 
     outcome: Detection | Exception

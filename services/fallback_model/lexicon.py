@@ -18,8 +18,11 @@ _ROT13: Final = [*range(13, 26), *range(13), NO_LETTER]
 
 _NUMBERS: Final = bytes(string.ascii_lowercase.find(chr(code).lower()) % (NO_LETTER + 1) for code in range(256))
 
+_ROW: Final = np.int16(NO_LETTER + 1)
+
 Letters = NDArray[np.uint8]
 Likelihoods = NDArray[np.float32]
+Gains = NDArray[np.float64]
 
 
 def letter_numbers(text: str) -> Letters:
@@ -29,7 +32,8 @@ def letter_numbers(text: str) -> Letters:
 
 def pairs_of(numbers: Letters) -> NDArray[np.int16]:
     """Each letter number with the next one, as an index into a table of 27 x 27; one less than there are letters."""
-    pairs: NDArray[np.int16] = numbers[:-1].astype(np.int16) * (NO_LETTER + 1) + numbers[1:]
+    pairs: NDArray[np.int16] = numbers[:-1] * _ROW
+    pairs += numbers[1:]
     return pairs
 
 
@@ -70,6 +74,9 @@ class Lexicon:
         ).reshape(-1, 5)
         """By pair of letters: its likelihood in nats as it stands, deciphered by rot13, and backwards, 0 for a pair of no
         letters; then 1 where one of the pair is a letter, and 1 where both are."""
+        plain = self.pair_evidence[:, :1]
+        self.pair_gains: Gains = (self.pair_evidence[:, 1:3].astype(np.float64) - plain).copy()
+        """By pair of letters: how much likelier it is deciphered by rot13, and backwards, than as it stands."""
 
     @classmethod
     def of_vocabulary(cls, vocabulary: dict[str, int]) -> Lexicon:
@@ -88,7 +95,7 @@ class Lexicon:
         """The mean likelihood, in nats, of the pairs of letters of each word; the words are of ASCII letters."""
         if not words:
             return []
-        likelihoods = self._likelihoods[pairs_of(letter_numbers(f" {' '.join(words)} "))]
+        likelihoods = self._likelihoods.take(pairs_of(letter_numbers(f" {' '.join(words)} ")))
         # A word has a pair more than letters: with the blank before it, and with the one after it.
         pairs = np.fromiter(map(len, words), dtype=np.int64, count=len(words)) + 1
         means: list[float] = (np.add.reduceat(likelihoods, np.cumsum(pairs) - pairs) / pairs).tolist()

@@ -9,10 +9,11 @@ import math
 import re
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Encoding
@@ -50,8 +51,7 @@ HIDING: Final = frozenset(
 _WARM_UP_TEXT: Final = "What is the capital of France? Please answer in one sentence."
 
 
-@dataclass(frozen=True)
-class Coverage:
+class Coverage(msgspec.Struct, frozen=True):
     """`tokens` and `windows` that were scored; `truncated` when something of the text was not."""
 
     tokens: int
@@ -59,8 +59,7 @@ class Coverage:
     truncated: bool
 
 
-@dataclass(frozen=True)
-class Span:
+class Span(msgspec.Struct, frozen=True):
     """Characters [start, end) of the text as sent, and the probability there; `transform` is how that part was read."""
 
     start: int
@@ -69,8 +68,7 @@ class Span:
     transform: str | None
 
 
-@dataclass(frozen=True)
-class Detection:
+class Detection(msgspec.Struct, frozen=True):
     """A judgement before any threshold of the caller's. `threats` are those to be named if the text is malicious; never empty.
 
     `spans`, `reason` and `timings` (milliseconds by step) are filled only when asked for.
@@ -84,11 +82,10 @@ class Detection:
     transforms: dict[str, int]
     spans: tuple[Span, ...] = ()
     reason: str | None = None
-    timings: dict[str, float] = field(default_factory=dict)
+    timings: dict[str, float] = {}
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(msgspec.Struct, frozen=True):
     """A window of a view; `row` is its row among the distinct ones that are scored.
 
     `discount` is taken off its logit: a disguise looks odd by itself, on a harmless text as well, so where it was undone
@@ -101,8 +98,7 @@ class Place:
     discount: float = 0.0
 
 
-@dataclass(frozen=True)
-class Prepared:
+class Prepared(msgspec.Struct, frozen=True):
     """A text cut into rows for the engine: `rows` are distinct, `places` say where each comes from; `tokens` are those of all
     views."""
 
@@ -246,13 +242,8 @@ class Model:
         `sentence_logits`: of the rows in `located`.
         """
         spans = self._spans(detection, prepared, scores, located, sentence_logits) if located is not None else ()
-        return Detection(
-            **{
-                **detection.__dict__,
-                "spans": spans,
-                "reason": _reason(detection, spans),
-                "timings": {**prepared.timings, **timings},
-            }
+        return msgspec.structs.replace(
+            detection, spans=spans, reason=_reason(detection, spans), timings={**prepared.timings, **timings}
         )
 
     def _spans(

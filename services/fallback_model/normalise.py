@@ -17,10 +17,11 @@ import functools
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Final
 from urllib.parse import unquote_to_bytes
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -37,8 +38,7 @@ _FRAGMENT_CHARACTERS: Final = 480
 Offsets = NDArray[np.int32]
 
 
-@dataclass(frozen=True)
-class View:
+class View(msgspec.Struct, frozen=True):
     """A text to be scored.
 
     `starts`: for each character of `text` the character of the text as sent that it comes from; None: the same place.
@@ -61,8 +61,7 @@ class View:
         return int(self.starts[start]), int(self.starts[end - 1]) + 1
 
 
-@dataclass(frozen=True)
-class Normalised:
+class Normalised(msgspec.Struct, frozen=True):
     """`transforms`: what was undone, and how often. `complete`: False when there was more to decode than the bounds allow."""
 
     views: list[View]
@@ -82,7 +81,7 @@ def normalise(text: str, lexicon: Lexicon, *, spelt: bool) -> Normalised:
         found["confusables"] = int((codes_of(folded) != codes_of(cleaned)).sum())
     views = [_whole(folded, starts, spelt, ())]
     if folded != cleaned:
-        views.append(replace(_whole(cleaned, starts, spelt, ()), disguised=True))
+        views.append(msgspec.structs.replace(_whole(cleaned, starts, spelt, ()), disguised=True))
     bounds = _Bounds(len(text) + SPARE_CHARACTERS)
     for piece in _fragments(folded, lexicon, MOST_NESTING, bounds):
         found.update(piece.transforms)
@@ -209,9 +208,14 @@ class _Source:
         return _chunks(self.text, self.lexicon)
 
     @functools.cached_property
+    def words(self) -> list[str]:
+        """What stands between blanks."""
+        return self.text.split()
+
+    @functools.cached_property
     def longest_word(self) -> int:
         """Characters without a blank in between. Where they are few, no expression for long runs need be tried."""
-        return max(map(len, self.text.split()), default=0)
+        return max(map(len, self.words), default=0)
 
 
 Found = Iterator[tuple[int, int, str]]
@@ -373,11 +377,12 @@ def _chunks(text: str, lexicon: Lexicon) -> _Chunks:
         none = np.empty(0, dtype=np.bool_)
         return _Chunks(starts, ends, none, none)
     starts[0] = 0  # the stops that a text begins with go with the first: backwards they end it
-    evidence = np.add.reduceat(lexicon.pair_evidence[pairs_of(letter_numbers(f"{text} "))], starts, dtype=np.float64)
-    plain, turned, backwards, number, inner = evidence.T
-    if (np.maximum(turned, backwards) - plain).max() < _LEAST_GAIN:  # as in nearly all texts
+    pairs = pairs_of(letter_numbers(f"{text} "))
+    if np.add.reduceat(lexicon.pair_gains.take(pairs, axis=0), starts).max() < _LEAST_GAIN:  # as in nearly all texts
         none = np.zeros(len(starts), dtype=np.bool_)
         return _Chunks(starts, ends, none, none)
+    evidence = np.add.reduceat(lexicon.pair_evidence.take(pairs, axis=0), starts, dtype=np.float64)
+    plain, turned, backwards, number, inner = evidence.T
     # Single letters between signs, as in `\\u0041`, are no words of anything.
     wordy = (inner >= _LEAST_INNER * number) & (inner >= _FEWEST_INNER)
     rot13 = turned >= backwards
@@ -513,7 +518,7 @@ class _LeetWords:
 
 def _leet(source: _Source) -> Found:
     """Stretches with at least two words in which digits and signs stand for letters."""
-    leet = _unleet(source.text, source.lexicon)
+    leet = _unleet(source)
     if not leet.hits:
         return
     whole: tuple[int, int, int] | None = None
@@ -534,13 +539,13 @@ def _leet(source: _Source) -> Found:
         yield whole[0], whole[1], leet.read(parts, whole[2])
 
 
-def _unleet(text: str, lexicon: Lexicon) -> _LeetWords:
-    found = _LeetWords({}, set(), {})
-    if not _LEET_MARK.search(text):
+def _unleet(source: _Source) -> _LeetWords:
+    found, lexicon = _LeetWords({}, set(), {}), source.lexicon
+    if not _LEET_MARK.search(source.text):
         return found
     words, bare = [], []
     # Most of what stands between blanks is of letters alone, and need not be taken apart.
-    marked = [part for part in set(text.split()) if not part.isalpha() and not _LEET_SIGNS.isdisjoint(part)]
+    marked = [part for part in set(source.words) if not part.isalpha() and not _LEET_SIGNS.isdisjoint(part)]
     for word in set(_LEET_WORD.findall(" ".join(marked))):
         if word.isalpha() or _LEET_SIGNS.isdisjoint(word):
             continue
@@ -554,7 +559,7 @@ def _unleet(text: str, lexicon: Lexicon) -> _LeetWords:
     # All at once, one a line: a translation costs little more for a text than for a word.
     lower = "\n".join(bare).lower()
     readings = [lower.translate(table).split("\n") for table in (_LEET, _LEET_L)]
-    unknown = []
+    odd: list[tuple[str, str]] = []
     for word, core, as_i, as_l in zip(words, bare, *readings, strict=True):
         stem, apostrophe, ending = as_i.partition("'")
         for reading in (stem, as_l.partition("'")[0]):
@@ -565,15 +570,14 @@ def _unleet(text: str, lexicon: Lexicon) -> _LeetWords:
                 break
         else:
             if stem.isascii() and stem.isalpha() and core.strip(_NO_LETTERS):
-                unknown.append((word, core, stem, apostrophe + ending))
-    for (word, core, stem, ending), likeness in zip(unknown, lexicon.likeness([each[2] for each in unknown]), strict=True):
-        reading = word.replace(core, stem + ending)
-        # Not a known word, yet letters and digits alternate as in no number or name, and spell what may be one.
-        if len(stem) >= 5 and likeness >= _LEAST_LIKENESS and _ALTERNATING.match(core):
-            found.known[word] = reading
+                found.guessed[word] = word.replace(core, stem + apostrophe + ending)
+                # Letters and digits alternate as in no number or name.
+                if len(stem) >= 5 and _ALTERNATING.match(core):
+                    odd.append((word, stem))
+    for (word, _), likeness in zip(odd, lexicon.likeness([stem for _, stem in odd]), strict=True):
+        if likeness >= _LEAST_LIKENESS:  # not a known word, yet it may be one
+            found.known[word] = found.guessed.pop(word)
             found.hits.add(word)
-        else:
-            found.guessed[word] = reading
     return found
 
 

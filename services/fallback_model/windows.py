@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Encoding, Tokenizer
@@ -23,8 +23,7 @@ _FEW: Final = 4
 _WORD: Final = re.compile(r"[a-z0-9]+|[^\sa-z0-9]")
 
 
-@dataclass(frozen=True)
-class Window:
+class Window(msgspec.Struct, frozen=True):
     """Tokens [first, last) of a view's encoding, and their ids between the model's own special tokens."""
 
     first: int
@@ -55,19 +54,20 @@ class _Plain:
         if not text.isascii() or _CONTROL.search(text):
             return None
         lower = text.lower()
-        if any(special in lower for special in self._special):
+        if any(map(lower.__contains__, self._special)):
             return None
         words = _WORD.findall(lower)
-        known = [*map(self._vocabulary.get, words)]
-        if known.count(None) * _FEW > len(known):
+        known: list[Any] = [*map(self._vocabulary.get, words)]
+        if (unknown := known.count(None)) * _FEW > len(known):
             return None
         numbers: list[int] = []
-        for word, number in zip(words, known, strict=True):
-            if number is None:
-                numbers += [piece.id for piece in self._pieces(word)]
-            else:
-                numbers.append(number)
-        return numbers
+        done = 0
+        for _ in range(unknown):
+            place = known.index(None, done)
+            numbers += known[done:place]
+            numbers += [piece.id for piece in self._pieces(words[place])]
+            done = place + 1
+        return numbers + known[done:]
 
 
 class Windower:
