@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any, Final
+from typing import Final
 
 import msgspec
 import numpy as np
@@ -57,17 +57,16 @@ class _Plain:
         if any(map(lower.__contains__, self._special)):
             return None
         words = _WORD.findall(lower)
-        known: list[Any] = [*map(self._vocabulary.get, words)]
-        if (unknown := known.count(None)) * _FEW > len(known):
+        known = [*map(self._vocabulary.get, words)]
+        if known.count(None) * _FEW > len(known):
             return None
         numbers: list[int] = []
-        done = 0
-        for _ in range(unknown):
-            place = known.index(None, done)
-            numbers += known[done:place]
-            numbers += [piece.id for piece in self._pieces(words[place])]
-            done = place + 1
-        return numbers + known[done:]
+        for word, number in zip(words, known, strict=True):
+            if number is None:
+                numbers += [piece.id for piece in self._pieces(word)]
+            else:
+                numbers.append(number)
+        return numbers
 
 
 class Windower:
