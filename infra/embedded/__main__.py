@@ -48,7 +48,7 @@ def main() -> int:
     up_parser = commands.add_parser("up", help="start everything, stay in the foreground")
     up_parser.add_argument("--detach", action="store_true", help="return when ready")
     up_parser.add_argument("--scale", action="append", default=[], metavar="SERVICE=N", help="how many of a service; repeatable")
-    up_parser.add_argument("--together", action="store_true", help="the stages of a request share the edge's processes")
+    up_parser.add_argument("--together", action="store_true", help="all that a request passes shares a process")
     commands.add_parser("down", help="stop everything")
     commands.add_parser("status", help="what runs")
     logs_parser = commands.add_parser("logs", help="the last lines of all logs, or of one service's")

@@ -47,6 +47,8 @@ ONLY_FOR = {
 }
 TOGETHER = ("edge", "auth", "limiter", "detector_proxy")
 """The stages of a request in the order of its path, which share the edge's processes with `--together`."""
+MODEL = "fallback_model"
+"""Joins them where there is one such process: of several, each would have a model that knows nothing of what the others hold."""
 SINGLE = ("console",)
 """Services of which there is one: each copy would know only a part."""
 ENGINE_PREFIX = "PORTCULLIS_ENGINE_"  # for the proxy: addresses and keys of somebody else's service
@@ -123,7 +125,7 @@ def _claim_port(environment: Mapping[str, str], home: Home, name: str) -> int:
 def plan(home: Home, environment: Mapping[str, str], scale: Mapping[str, int], *, together: bool = False) -> Plan:
     """Decide what to run. Prepares the servers' files (the first time, PostgreSQL's data directory).
 
-    `together`: the stages of a request run in the edge's processes.
+    `together`: the stages of a request run in the edge's processes, and in a single one the model, too, unless it is scaled.
 
     Raises StackError, ServerError, HomeError.
     """
@@ -132,6 +134,7 @@ def plan(home: Home, environment: Mapping[str, str], scale: Mapping[str, int], *
             raise StackError(
                 f"--scale {name}={scale[name]}: with --together there is one {name} in each edge; scale edge instead"
             )
+    shared = _shared(scale) if together else ("edge",)
     edge_host = environment.get("PORTCULLIS_EDGE_HOST", "127.0.0.1")
     edge_port = _port(environment, "edge") or 8000
     if ":" in edge_host:
@@ -181,9 +184,9 @@ def plan(home: Home, environment: Mapping[str, str], scale: Mapping[str, int], *
         for server in running
     ]
     for name in SERVICES:
-        if together and name in TOGETHER[1:]:
+        if name in shared[1:]:
             continue
-        members = TOGETHER if together and name == "edge" else (name,)
+        members = shared if name == "edge" else (name,)
         replicas = scale.get(name, 1)
         own = {variable: value for variable, value in wanted.items() if any(_is_for(variable, member) for member in members)}
         own |= _logins(members, passwords)
@@ -204,6 +207,11 @@ def plan(home: Home, environment: Mapping[str, str], scale: Mapping[str, int], *
         )
         processes += replicas
     return Plan(tuple(programs), edge_host, edge_port, nats_url, wanted.get("PORTCULLIS_METRICS_HOST", "127.0.0.1"))
+
+
+def _shared(scale: Mapping[str, int]) -> tuple[str, ...]:
+    """What runs in each of the edge's processes, with `--together`."""
+    return TOGETHER if scale.get("edge", 1) > 1 or MODEL in scale else (*TOGETHER, MODEL)
 
 
 def _logins(members: Sequence[str], passwords: Mapping[str, str]) -> dict[str, str]:

@@ -348,18 +348,19 @@ class Bus:
         An `idempotent` request is sent once more when a process that may have had it in hand dies. `token`, unique among the
         requests of this process and `[A-Za-z0-9_-]+`, becomes part of the origin: whoever asks again for the same after a failure
         gives it again, and what is done once for each origin (usage) is done once for all attempts. `again`: it has been asked
-        before, and is no further request to the budget of retries.
+        before, and is no further request to the budget of retries; it goes over NATS even where the stage is of this process,
+        which has just refused: another may have room.
 
         Raises `PortcullisError`: STAGE_UNAVAILABLE (no connection, connection lost, `NoRespondersError`), DEADLINE_EXCEEDED,
         PAYLOAD_TOO_LARGE. An error reply is returned, not raised.
         """
         if not again:
             self.retry_budget.count()
-        if self._neighbour(subject) is not None:  # nothing is sent
+        if not again and self._neighbour(subject) is not None:  # nothing is sent
             return await self._request(subject, message, context, tracing.NO_SPAN, idempotent=idempotent, token=token)
         with self._hops.sending(subject, context.traceparent) as span:
             sent = context.within(span.traceparent) if span else context
-            response = await self._request(subject, message, sent, span, idempotent=idempotent, token=token)
+            response = await self._request(subject, message, sent, span, idempotent=idempotent, token=token, away=again)
             if (error := response.reply.error) is not None:
                 span.set("portcullis.outcome", error.code)
             return response
@@ -373,6 +374,7 @@ class Bus:
         *,
         idempotent: bool,
         token: str | None,
+        away: bool = False,
     ) -> Response:
         future: asyncio.Future[Msg | Response] = asyncio.get_running_loop().create_future()
         token = token or self._token()
@@ -383,7 +385,7 @@ class Bus:
                 future.set_result(msg)
 
         async def send() -> None:
-            stage = self._neighbour(subject)
+            stage = None if away else self._neighbour(subject)
             if stage is not None:
                 with tracing.aside():
                     await follow(Handed(stage, message, context.as_attempt(origin)), origin)

@@ -132,7 +132,8 @@ def portcullis(
 ) -> Iterator[Stack]:
     """A stack in a home of its own, with nothing of the caller's settings. Raises `BenchError`.
 
-    `together`: its stages share processes, of which there is one for each processor. `root`, `python`: of another checkout.
+    `together`: its stages share processes, of which there is one for each processor; or, where no engine is named, a single one,
+    with the shipped model in it, whose threads use all processors. `root`, `python`: of another checkout.
     """
     with tempfile.TemporaryDirectory(prefix="pc-bench-") as folder:
         port = free_port()
@@ -147,7 +148,8 @@ def portcullis(
                 raise BenchError(f"{arguments[0]}: {(done.stdout + done.stderr).decode()[-500:]}")
 
         try:
-            layout = ["--together", f"--scale=edge={processors.usable()}"] if together else []
+            processes = processors.usable() if "PORTCULLIS_ENGINE_URL" in environment else 1
+            layout = ["--together", f"--scale=edge={processes}"] if together else []
             run("up", "--detach", *layout, *(f"--scale={name}={count}" for name, count in (scale or {}).items()))
             yield Stack(Home(Path(folder)), port)
         finally:

@@ -63,7 +63,17 @@ def together() -> Iterator[Stack]:
         yield stack
 
 
-@pytest.fixture(params=["stack", "together"])
+@pytest.fixture(scope="session")
+def single() -> Iterator[Stack]:
+    """One process in which is all that a request passes, the model included."""
+    with running_stack(environment=ROOMY, together=True) as stack:
+        (edge,) = stack.pids("edge")
+        for name in ("auth", "limiter", "detector_proxy", "fallback_model"):
+            assert stack.pids(name) == [edge]
+        yield stack
+
+
+@pytest.fixture(params=["stack", "together", "single"])
 def either(request: pytest.FixtureRequest) -> Stack:
     chosen: Stack = request.getfixturevalue(request.param)
     return chosen

@@ -17,22 +17,29 @@ from tests.chaos.kit import ATTACK, BENIGN, Caller, Load, Stack, callers, regist
 from tests.conftest import wait_until
 
 EVERYBODY = dict.fromkeys(("edge", "auth", "limiter", "detector_proxy"), 2) | {"fallback_model": 1, "jobs": 1, "console": 1}
+ONE_OF_EACH = dict.fromkeys(EVERYBODY, 1)
 
 
-async def everybody(session: aiohttp.ClientSession) -> dict[str, Any]:
+@pytest.fixture(params=["together", "single"])
+def shared(request: pytest.FixtureRequest) -> Stack:
+    chosen: Stack = request.getfixturevalue(request.param)
+    return chosen
+
+
+async def everybody(session: aiohttp.ClientSession, expected: dict[str, int] = EVERYBODY) -> dict[str, Any]:
     """What /health says once each service is there as often as its process."""
     async with asyncio.timeout(30):
         while True:
             async with session.get("/health") as response:
                 health: dict[str, Any] = await response.json()
-            if {name: service["replicas"] for name, service in health["services"].items()} == EVERYBODY:
+            if {name: service["replicas"] for name, service in health["services"].items()} == expected:
                 return health
             await asyncio.sleep(0.2)
 
 
-async def test_every_service_is_there_as_often_as_its_process(together: Stack) -> None:
-    async with callers(together) as session:
-        health = await everybody(session)
+async def test_every_service_is_there_as_often_as_its_process(shared: Stack) -> None:
+    async with callers(shared) as session:
+        health = await everybody(session, EVERYBODY if shared.scale else ONE_OF_EACH)
     assert health["status"] == "healthy"
     assert health["stores"] == {"redis": "up", "postgres": "up", "nats": "up"}
 
@@ -56,6 +63,38 @@ async def test_one_of_two_goes_and_comes_back(together: Stack, number: signal.Si
     allowed = {200} | ({0} if number == signal.SIGKILL else set()) | ({429} if crowded else set())
     assert set(load.statuses()) <= allowed, load.summary()
     assert load.statuses()[200] >= 50, load.summary()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+async def test_the_only_one_goes_and_comes_back(single: Stack, number: signal.Signals) -> None:
+    async with callers(single) as session:
+        await everybody(session, ONE_OF_EACH)
+        load = Load(session, single.key, rate=25, timeout_seconds=30)
+        async with load.running():
+            await load.answered(20)
+            await asyncio.to_thread(single.end, "edge", number)
+            await load.answered(40)
+    # Its callers' connections wait where they are kept, in the socket that outlives it.
+    load.assert_invariants(lost_connections=number == signal.SIGKILL)
+    assert load.statuses()[200] >= 50, load.summary()
+
+
+async def test_its_model_is_exchanged_while_it_answers(single: Stack) -> None:
+    (pid,) = single.pids("fallback_model")
+    async with callers(single) as session:
+        await everybody(session, ONE_OF_EACH)
+        load = Load(session, single.key, rate=25)
+        loaded = single.log_text().count("is loaded, ")
+        async with load.running():
+            await load.answered(20)
+            single.signal(pid, signal.SIGHUP)
+            await asyncio.to_thread(
+                wait_until, lambda: single.log_text().count("is loaded, ") > loaded, what="the model, read again"
+            )
+            await load.answered(20)
+    load.assert_invariants()
+    assert single.pids("edge") == [pid]
+    assert load.statuses()[200] >= 40, load.summary()
 
 
 async def test_a_change_of_a_key_reaches_every_process(together: Stack) -> None:
@@ -85,9 +124,9 @@ async def test_breakers_of_all_processes_are_shown_and_reset(together: Stack) ->
             assert response.status == 200
 
 
-async def test_lists_and_jobs_come_to_their_end_and_are_counted_once(together: Stack) -> None:
+async def test_lists_and_jobs_come_to_their_end_and_are_counted_once(shared: Stack) -> None:
     texts = [ATTACK if number % 4 == 0 else BENIGN for number in range(200)]
-    async with callers(together) as session:
+    async with callers(shared) as session:
         key = await register(session, rate_limit_per_minute=100_000)
         body = {"requests": [{"text": text} for text in texts]}
         async with session.post("/v1/detect/batch", json=body, headers={"X-API-Key": key}) as response:

@@ -67,7 +67,11 @@ POOL = [
     "      fallback-model: inference",
 ]
 FALLBACK = [*PRIMARY, *(f"{' ' * 14}{line}" for line in POOL)]
-FALLBACK_TOGETHER = [*PRIMARY_TOGETHER, *(f"{' ' * 8}{line}" for line in POOL)]
+FALLBACK_TOGETHER = [
+    *PRIMARY_TOGETHER,
+    f"{' ' * 8}{POOL[0]}",
+    *(f"{' ' * 6}{line}" for line in POOL[2:]),
+]
 KEY_LOOKED_UP = {"auth: look up key", "auth: SELECT api_keys"}
 
 

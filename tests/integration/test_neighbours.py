@@ -97,6 +97,27 @@ async def test_what_neighbours_tell_each_other_does_not_leave_the_process(house:
     assert one.attempt_of != two.attempt_of  # two requests, whatever their callers call them
 
 
+async def test_what_is_asked_again_may_go_to_another_process(house: House) -> None:
+    edge, auth, elsewhere = house.bus("edge"), house.bus("auth"), house.bus("auth", Neighbours())
+
+    async def refuse(_: Ping, __: RequestContext) -> Answer:
+        raise PortcullisError(ErrorCode.OVERLOADED)
+
+    async def answer(message: Ping, _: RequestContext) -> Answer:
+        return Answer(message)
+
+    auth.stage(subjects.DETECT_REQUEST, Ping, refuse)
+    elsewhere.stage(subjects.DETECT_REQUEST, Ping, answer)
+    async with started(edge, auth, elsewhere):
+        first = await edge.request(subjects.DETECT_REQUEST, Ping(), context())
+        assert first.reply.error is not None
+        assert await house.crossed() == []
+        async with asyncio.timeout(20):  # the queue group picks at random
+            while (await edge.request(subjects.DETECT_REQUEST, Ping(), context(), again=True)).reply.error is not None:
+                pass
+        assert set(await house.crossed()) == {subjects.DETECT_REQUEST}
+
+
 async def test_who_asks_works_for_the_same_afterwards(house: House) -> None:
     edge, auth = house.bus("edge"), house.bus("auth")
     recorder = Recorder(PerSecond(0, SystemClock()), slow_ms=1000, ring_spans=64)

@@ -135,7 +135,7 @@ def test_stages_that_share_the_edges_process_have_all_that_they_need_there_and_n
     apart = environments(plan(home, engine))
     environment = {"PORTCULLIS_EDGE_PORT": str(free_port()), **NO_POSTGRES, **engine}
     planned = stack.plan(home, environment, {"edge": 2}, together=True)
-    services = [program for program in planned.programs if program.group != "servers"]
+    services = services_of(planned)
     assert [program.name for program in services] == ["edge", "fallback_model", "jobs", "console"]
     edge = services[0]
     assert edge.replicas == 2
@@ -149,6 +149,24 @@ def test_stages_that_share_the_edges_process_have_all_that_they_need_there_and_n
     for name in ("fallback_model", "jobs", "console"):
         assert environments(planned)[name].keys() == apart[name].keys()
     assert "secret" not in " ".join(edge.command)
+
+
+def services_of(planned: stack.Plan) -> list[stack.Program]:
+    return [program for program in planned.programs if program.group != "servers"]
+
+
+@pytest.mark.parametrize(
+    ("scale", "workers"), [({}, 0), ({"edge": 1}, 0), ({"edge": 2}, 1), ({"fallback_model": 1}, 1), ({"fallback_model": 2}, 2)]
+)
+def test_a_single_process_of_all_stages_has_the_model_too_unless_it_is_scaled(
+    home: Home, scale: dict[str, int], workers: int
+) -> None:
+    environment = {"PORTCULLIS_EDGE_PORT": str(free_port()), **NO_POSTGRES}
+    edge, *others = services_of(stack.plan(home, environment, scale, together=True))
+    names = ("edge", "auth", "limiter", "detector_proxy", *(() if workers else ("fallback_model",)))
+    assert edge.command[-len(names) - 1 :] == ("services", *names)
+    assert json.loads(edge.environment["PORTCULLIS_NATS_PASSWORDS"]).keys() == set(names)
+    assert sum(program.replicas for program in others if program.name == "fallback_model") == workers
 
 
 @pytest.mark.parametrize("name", ["auth", "limiter", "detector_proxy"])
