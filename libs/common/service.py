@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import logging
 import signal
@@ -32,12 +33,15 @@ Parts = Callable[[Bus, S], AbstractAsyncContextManager[None]]
 """A service's composition root: on a connected bus it opens what it needs and registers its stages; on exit it closes."""
 
 Front = Callable[[Bus, S], AbstractAsyncContextManager[None]]
-"""What a service shows to the outside besides its stages. It opens before the bus is connected, and closes while the bus still
-works: what is in hand can be finished, and nothing new comes in."""
+"""What a service shows to the outside besides its stages. It opens before the service takes messages, and closes while the bus
+still works: what is in hand can be finished, and nothing new comes in."""
 
 CONNECT_GRACE_SECONDS = 1.0
 """How long a front waits for the bus before it opens: callers that queued while it was away need not be refused then. After
 that it opens all the same, and says that nothing is there, instead of keeping them."""
+
+START_GRACE_SECONDS = 5.0
+"""How long it waits, for the same reason, until the services that it asks have started, where they are of its process."""
 
 GC_THRESHOLDS = (10_000, 20, 50)
 """Of `gc.set_threshold`: some megabytes of garbage in circles at the most."""
@@ -158,16 +162,23 @@ async def _serve_on(members: Sequence[_Member[Any]], stop: asyncio.Event) -> int
             outside.push_async_callback(tasks.end, asyncio.create_task(beside))
         connecting: asyncio.Task[None] = asyncio.create_task(_connect(members))
         outside.push_async_callback(_end_unless_done, connecting)
+        fronts = [_Front(member, stop) for member in members]
+        for front in fronts:
+            outside.push_async_callback(front.close)
         await asyncio.wait({connecting}, timeout=CONNECT_GRACE_SECONDS)
-        for member in members:
-            tracing.serve(member.service.name)
-            await outside.enter_async_context(member.service.front(member.bus, member.settings))
+        if not connecting.done():
+            for front in fronts:
+                front.may_open.set()
         if not await _unless(stop, connecting):
             return 0
         async with AsyncExitStack() as inside:
             started: list[Bus] = []
             # Whoever is asked is there before whoever asks.
-            for member in reversed(members):
+            for member, front in zip(reversed(members), reversed(fronts), strict=True):
+                front.may_open.set()
+                await _first(stop, front.shown)
+                if stop.is_set():
+                    break
                 tracing.serve(member.service.name)
                 if not await _entered(stop, inside, member.service.parts(member.bus, member.settings)):
                     break
@@ -186,6 +197,35 @@ async def _serve_on(members: Sequence[_Member[Any]], stop: asyncio.Event) -> int
                 await bus.drain()
     log.info("stopped")
     return 0
+
+
+class _Front:
+    """What a service shows to the outside, in a task of its own: whatever the others wait for as they start, it opens in time."""
+
+    def __init__(self, member: _Member[Any], stop: asyncio.Event) -> None:
+        """`stop` is set when it fails; `close` raises why."""
+        self.may_open = asyncio.Event()
+        self.shown = asyncio.Event()
+        self._member = member
+        self._leave = asyncio.Event()
+        self._task = asyncio.create_task(self._show())
+        self._task.add_done_callback(lambda _: stop.set())
+
+    async def close(self) -> None:
+        self._leave.set()
+        self.may_open.set()
+        await self._task
+
+    async def _show(self) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(START_GRACE_SECONDS):
+                await self.may_open.wait()
+        if self._leave.is_set():
+            return
+        tracing.serve(self._member.service.name)
+        async with self._member.service.front(self._member.bus, self._member.settings):
+            self.shown.set()
+            await self._leave.wait()
 
 
 async def _connect(members: Sequence[_Member[Any]]) -> None:

@@ -60,7 +60,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--seconds", type=float, default=3.0, help="of each stretch of load (default: 3)")
     parser.add_argument("--repeats", type=int, default=3, help="of each (default: 3)")
     parser.add_argument("--levels", type=int, nargs="+", default=[], help="callers at a time, for overhead and model")
-    parser.add_argument("--together", action="store_true", help="the stages share processes, one for each processor, or one with the model")
+    parser.add_argument("--together", action="store_true", help="the stages share processes (docs/benchmarks.md)")
     parser.add_argument("--out", type=Path, help="where JSON, PNG and HTML go (default: .portcullis/bench)")
     chosen = parser.parse_args(arguments)
     parts = [name for part in chosen.parts or PARTS for name in (SCALE if part == "scale" else (part,))]
