@@ -48,18 +48,23 @@ async def in_turn(
 ) -> dict[str, list[Stretch]]:
     """What each system's `work` came to, `repeats` times, by its name; each time after a warm-up that does not count.
 
-    Those whose turn it is not are at rest. `each_round`: what else is measured in every round, before them, while all are.
+    Those whose turn it is not are at rest. `each_round`: what else is measured before every round and after the last, while all are.
     """
     found: dict[str, list[Stretch]] = {system.name: [] for system in systems}
-    for number in range(repeats):
+
+    async def around() -> None:
         if each_round is not None:
             with _at_rest(systems):
                 await each_round()
+
+    for number in range(repeats):
+        await around()
         for at in rotated(len(systems), number):
             system = systems[at]
             with _at_rest([other for other in systems if other is not system]):
                 await warm_up(system.load)
                 found[system.name].append(await system.measure(work[system.name]))
+    await around()
     return found
 
 
