@@ -1,9 +1,10 @@
 """`./run bench model`: the shipped model on a mix of lengths, next to onnxruntime alone and to LitServe with the same model.
 
 onnxruntime alone is the limit: the same texts, prepared beforehand, on as many threads as there are processors, and no load
-generator beside it, in batches or text by text, whichever is faster; for each round what it did before and after it. Whatever is not measured is stopped meanwhile: LitServe uses a quarter of a processor while it waits. It
-serves the same file with its batching on, one worker of one thread for each processor, with the same normaliser, tokenizer and
-windows; it checks no key and no limit. It is installed into an environment of its own when it is missing.
+generator beside it, in batches or text by text, whichever is faster; for each round what it did before and after it. Whatever
+is not measured is stopped meanwhile: LitServe uses a quarter of a processor while it waits. It serves the same file with its
+batching on, one worker of one thread for each processor, with the same normaliser, tokenizer and windows; it checks no key and
+no limit. It is installed into an environment of its own when it is missing.
 """
 
 from __future__ import annotations

@@ -48,7 +48,8 @@ async def in_turn(
 ) -> dict[str, list[Stretch]]:
     """What each system's `work` came to, `repeats` times, by its name; each time after a warm-up that does not count.
 
-    Those whose turn it is not are at rest. `each_round`: what else is measured before every round and after the last, while all are.
+    Those whose turn it is not are at rest. `each_round`: what else is measured before every round and after the last, while all
+    are.
     """
     found: dict[str, list[Stretch]] = {system.name: [] for system in systems}
 

@@ -38,6 +38,7 @@ TARGETS: Final = {
         "tests.fuzz.normaliser",
         (
             "services.fallback_model.normalise",
+            "services.fallback_model.fragments",
             "services.fallback_model.characters",
             "services.fallback_model.lexicon",
             "tests.fuzz.views",
