@@ -82,7 +82,7 @@ def main(arguments: list[str]) -> int:
             continue
         if chosen.together:
             report.part += "-together"
-            report.title += "; the stages together in each of some processes"
+            report.title += "; the stages together"
         report.show(console)
         written = report.save(chosen.out or default_folder())
         console.print(f"written: {', '.join(os.path.relpath(path) for path in written)}", soft_wrap=True)
